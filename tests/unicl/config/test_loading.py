@@ -1,0 +1,105 @@
+"""Recipes load strictly: a mistake names its key and the way out."""
+
+import ast
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unicl.config import Recipe, load_recipe, parse_recipe, recipe_names, recipe_to_toml, schema
+from unicl.errors import UsageError
+
+
+def test_defaults_then_recipe_then_overrides():
+    assert parse_recipe("").trainer.steps == Recipe().trainer.steps
+    assert parse_recipe("[trainer]\nsteps = 7").trainer.steps == 7
+    assert parse_recipe("[trainer]\nsteps = 7", {"trainer.steps": "9"}).trainer.steps == 9
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("[trainer]\nstep = 7", {}, "unknown key trainer.step .did you mean trainer.steps?"),
+        ("", {"lr": "1"}, "unknown key lr"),
+        ("", {"optimizer.learningrate": "1"}, "did you mean optimizer.learning_rate?"),
+        ("", {"learning_rate": "1"}, "did you mean optimizer.learning_rate?"),
+        ("[trainer]\nsteps = '7'", {}, "trainer.steps must be a whole number, got '7'"),
+        ("[trainer]\nsteps = true", {}, "trainer.steps must be a whole number"),
+        ("", {"trainer.steps": "many"}, "trainer.steps must be a whole number, got 'many'"),
+        ("", {"data.flip": "maybe"}, "data.flip must be true or false"),
+        ("", {"loss.targets": "siglip"}, "loss.targets must be one of unicl, clip"),
+        ("", {"data.crop_scale": "0.5"}, "data.crop_scale must be 2 values"),
+        ("", {"trainer": "7"}, "trainer is a section"),
+        ("", {"trainer.steps.more": "7"}, "trainer.steps must be a whole number"),
+        ("name = ", {}, "is not valid TOML"),
+        ("", {"trainer.steps": "0"}, "trainer.steps must be positive, got 0"),
+        ("", {"text_tower.num_heads": "7"}, "must divide the width"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(text, overrides, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_recipe(text, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_and_missing_file_name_the_way_out(tmp_path):
+    with pytest.raises(UsageError, match=r"no recipe 'dmo' \(did you mean demo\?\)"):
+        load_recipe("dmo")
+    with pytest.raises(UsageError, match=r"cannot read recipe .*none\.toml: No such file"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_overrides_read_every_type():
+    recipe = parse_recipe(
+        "",
+        {
+            "trainer.chunk": "32",
+            "data.flip": "true",
+            "optimizer.learning_rate": "1e-3",
+            "data.crop_scale": "0.5,1.0",
+            "optimizer.clip_grad_norm": "none",
+            "trainer.steps": "1_000",
+        },
+    )
+    assert recipe.trainer.chunk == 32
+    assert recipe.data.flip is True
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.data.crop_scale == (0.5, 1.0)
+    assert recipe.optimizer.clip_grad_norm is None
+    assert recipe.trainer.steps == 1000
+
+
+@given(st.text(), st.floats(1e-6, 1.0), st.one_of(st.none(), st.integers(1, 99)))
+def test_a_saved_recipe_reads_back_unchanged(description, rate, chunk):
+    printable = description.encode("utf-8", "ignore").decode()
+    recipe = Recipe(
+        description="".join(c for c in printable if c.isprintable()),
+        optimizer=schema.OptimizerConfig(learning_rate=rate, clip_grad_norm=None),
+        trainer=schema.TrainerConfig(chunk=chunk),
+    )
+    assert parse_recipe(recipe_to_toml(recipe)) == recipe
+
+
+def test_every_field_has_a_docstring():
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for item, after in pairwise(cls.body):
+            if isinstance(item, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{cls.name}.{ast.unparse(item.target)} has no docstring"
+
+
+def test_configuration_imports_no_torch():
+    code = "import sys, unicl.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,15 @@
+"""Frozen dataclasses, TOML recipes of what differs, strict loading. Imports no torch."""
+
+from unicl.config.loading import load_recipe as load_recipe
+from unicl.config.loading import parse_recipe as parse_recipe
+from unicl.config.loading import recipe_names as recipe_names
+from unicl.config.loading import recipe_to_toml as recipe_to_toml
+from unicl.config.schema import DataConfig as DataConfig
+from unicl.config.schema import EvaluationConfig as EvaluationConfig
+from unicl.config.schema import ImageTowerConfig as ImageTowerConfig
+from unicl.config.schema import LossConfig as LossConfig
+from unicl.config.schema import OptimizerConfig as OptimizerConfig
+from unicl.config.schema import Recipe as Recipe
+from unicl.config.schema import ScheduleConfig as ScheduleConfig
+from unicl.config.schema import TextTowerConfig as TextTowerConfig
+from unicl.config.schema import TrainerConfig as TrainerConfig

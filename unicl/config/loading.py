@@ -1,0 +1,194 @@
+"""Strict loading of recipes: defaults < recipe < overrides; every mistake names its key."""
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from unicl.config.schema import Recipe
+from unicl.errors import UsageError
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that ship with the package."""
+    folder = resources.files("unicl.config") / "recipes"
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Load a shipped recipe by name, or a TOML file by path.
+
+    Args:
+        recipe: a name out of `recipe_names()`, or the path of a TOML file.
+        overrides: dotted keys and their values as text, such as {"trainer.steps": "100"}.
+
+    Raises:
+        UsageError: an unknown recipe or key, a wrong type, or unreadable TOML.
+    """
+    return parse_recipe(_read(recipe), overrides, source=str(recipe))
+
+
+def parse_recipe(
+    text: str, overrides: Mapping[str, str] | None = None, *, source: str = "recipe"
+) -> Recipe:
+    """Build a recipe from TOML text and overrides.
+
+    Raises:
+        UsageError: an unknown key, a wrong type, or text that is not TOML.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not valid TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _insert(table, key, value)
+    return _build(Recipe, table, prefix="")
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """Write every field of a recipe, defaults included; `parse_recipe` reads it back unchanged."""
+    lines: list[str] = []
+    sections = []
+    for item in fields(recipe):
+        value = getattr(recipe, item.name)
+        if is_dataclass(value):
+            sections.append((item.name, value))
+        else:
+            lines.append(f"{item.name} = {_toml(value)}")
+    for name, section in sections:
+        lines += ["", f"[{name}]"]
+        lines += [f"{item.name} = {_toml(getattr(section, item.name))}" for item in fields(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _read(recipe: str | Path) -> str:
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        shipped = resources.files("unicl.config") / "recipes" / f"{recipe}.toml"
+        if not shipped.is_file():
+            known = recipe_names()
+            raise UsageError(
+                f"there is no recipe {str(recipe)!r}{_nearest(str(recipe), known)}; "
+                f"shipped are {', '.join(known)}; a file of yours must end in .toml"
+            )
+        return shipped.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path} is not UTF-8 text") from error
+
+
+def _insert(table: dict[str, Any], key: str, value: str) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{key}: {part} is a value, not a section")
+    table[last] = _Override(value)
+
+
+class _Override(str):
+    """A value from the command line: text that is still to be read by its field's type."""
+
+
+def _build(cls: type, table: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise UsageError(f"unknown key {key}{_nearest(key, _all_keys(Recipe))}")
+        hint = hints[name]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UsageError(
+                    f"{key} is a section; set one of its keys, such as {key}.{fields(hint)[0].name}"
+                )
+            values[name] = _build(typing.cast(type, hint), value, prefix=f"{key}.")
+        else:
+            values[name] = _convert(value, hint, key)
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """Turn a TOML value or a command-line text into the field's type, or say what is wrong."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (a for a in args if a is not type(None))
+        return None if value == "none" else _convert(value, inner, key)
+    if origin is Literal:
+        if value not in args:
+            options = ", ".join(map(str, args))
+            raise UsageError(f"{key} must be one of {options}; got {value!r}")
+        return str(value)
+    if origin is tuple:
+        parts = value.strip("[]() ").split(",") if isinstance(value, _Override) else value
+        if not isinstance(parts, list | tuple) or len(parts) != len(args):
+            raise UsageError(f"{key} must be {len(args)} values, such as 0.5,1.0; got {value!r}")
+        marked = [_Override(p.strip()) if isinstance(value, _Override) else p for p in parts]
+        return tuple(_convert(p, a, key) for p, a in zip(marked, args, strict=True))
+    if isinstance(value, _Override):
+        return _from_text(value, hint, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UsageError(f"{key} must be {_article(hint)}, got {value!r}")
+    return value
+
+
+def _from_text(text: str, hint: type, key: str) -> Any:
+    if hint is str:
+        return str(text)
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UsageError(f"{key} must be true or false, got {str(text)!r}")
+    try:
+        return hint(text.replace("_", "") if hint is int else text)
+    except ValueError:
+        raise UsageError(f"{key} must be {_article(hint)}, got {str(text)!r}") from None
+
+
+def _article(hint: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            keys += _all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Suggest the known name that looks most alike, by whole key or by its last part."""
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close:
+        last = {k.rsplit(".", 1)[-1]: k for k in known}
+        close = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1)]
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,226 @@
+"""The configuration: one small frozen dataclass per component, composed into a `Recipe`.
+
+Each component takes its own dataclass or plain arguments; the root is never passed down.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unicl.errors import UsageError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig:
+    """The image side: a backbone and a linear projection."""
+
+    model: str = "coswin_tiny"
+    """Name of a CoSwin or any other timm model."""
+    image_size: int = 224
+    """Side of the square input, in pixels."""
+    window_size: int | None = None
+    """Side of CoSwin's attention windows; unset takes the variant's own (7 at 224 pixels)."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; earlier blocks get proportionally less."""
+    layer_scale: float | None = None
+    """Initial LayerScale of CoSwin's blocks; unset means none."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass instead of keeping them."""
+    weights: str | None = None
+    """A safetensors file with backbone weights to start from."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size > 0, f"image_tower.image_size must be positive, got {self.image_size}"
+        )
+        _require(
+            0 <= self.drop_path_rate < 1,
+            f"image_tower.drop_path_rate must lie in [0, 1), got {self.drop_path_rate}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """The text side: a pre-norm transformer over CLIP's byte-pair vocabulary."""
+
+    width: int = 512
+    """Width of the residual stream."""
+    num_layers: int = 12
+    """Number of transformer blocks; Florence has 12."""
+    num_heads: int = 8
+    """Attention heads; must divide the width."""
+    mlp_width: int | None = None
+    """Hidden width of the MLPs; unset means four times the width."""
+    context_length: int = 77
+    """Longest text in tokens, with start and end; longer texts are cut."""
+    causal: bool = True
+    """Each token sees only those before it (CLIP); false lets all tokens see each other (BERT)."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.num_heads == 0,
+            f"text_tower.num_heads must divide the width {self.width}, got {self.num_heads}",
+        )
+        _require(
+            self.context_length >= 3,
+            f"text_tower.context_length must be at least 3, got {self.context_length}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The bidirectional supervised contrastive loss (Florence, equations 1 to 3)."""
+
+    targets: Literal["unicl", "clip"] = "unicl"
+    """What counts as a positive: equal labels (unicl), or only the sample's own text (clip)."""
+    initial_scale: float = 14.285714
+    """Scale of the similarities at step 0 (CLIP's 1/0.07)."""
+    max_scale: float = 100.0
+    """The scale is clamped to this in the forward pass."""
+    tile: int = 2048
+    """Rows and columns of the logits that exist at one time; the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        _require(self.tile > 0, f"loss.tile must be positive, got {self.tile}")
+        _require(
+            0 < self.initial_scale <= self.max_scale,
+            f"loss.initial_scale must lie in (0, {self.max_scale}], got {self.initial_scale}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training data and what happens to a sample on its way into a batch."""
+
+    train: str = ""
+    """Folder of shards that `unicl prepare` wrote."""
+    templates: Literal["none", "clip", "simple"] = "clip"
+    """Prompt templates for short texts; none is the paper's second stage, without them."""
+    short_text_words: int = 2
+    """A text of at most this many words is short, and put into a template."""
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    """Area of the random crop, as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333)
+    """Aspect ratio of the random crop."""
+    flip: bool = False
+    """Mirror half of the images; off by default, because texts name left and right."""
+    shuffle_window: int = 16
+    """Shards whose samples are mixed; more mixes better and reads less in sequence."""
+    num_workers: int = 2
+    """Processes that read and decode; 0 does it in the trainer's own process."""
+    max_image_pixels: int = 89_478_485
+    """Larger images are skipped as absurd; the number is Pillow's own limit."""
+    max_skipped_share: float = 0.1
+    """The run stops when more than this share of the samples read so far was skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with the lineage's rules; biases, norms, scales and position tables do not decay."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and kernels."""
+    clip_grad_norm: float | None = 1.0
+    """The gradient is scaled down to at most this norm; unset does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine down to the final rate."""
+
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0 to the peak rate."""
+    final_learning_rate: float = 0.0
+    """Rate at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how large, how precisely, and what is written when."""
+
+    steps: int = 100_000
+    """Optimizer updates of the whole run."""
+    batch_size: int = 256
+    """Samples per step over all ranks."""
+    chunk: int | None = None
+    """Gradient cache: rows whose activations exist at one time; unset keeps the whole batch's."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast type of the towers; auto times a step of each here and takes the faster."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU when there is one."""
+    seed: int = 0
+    """Decides initial weights, sample order, augmentation, templates and stochastic depth."""
+    log_every: int = 50
+    """Steps between log lines."""
+    eval_every: int | None = None
+    """Steps between evaluations; unset evaluates at the end only."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; older ones are removed once a newer one is complete."""
+    keep_best: str | None = None
+    """Metric (larger is better) whose best checkpoint is kept too, such as zero_shot/top1."""
+    max_nonfinite: int = 0
+    """Steps with a non-finite loss or gradient to skip before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep_last"):
+            value = getattr(self, name)
+            _require(value > 0, f"trainer.{name} must be positive, got {value}")
+        for name in ("chunk", "eval_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"trainer.{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on held-out shards during and after training."""
+
+    data: str | None = None
+    """Folder of held-out shards with one name or caption per image; unset evaluates nothing."""
+    names: str | None = None
+    """Folder of shards whose texts are the zero-shot classes; unset takes those of `data`."""
+    templates: Literal["none", "clip", "simple"] = "simple"
+    """Prompt ensemble of the zero-shot classifier."""
+    batch_size: int = 256
+    """Images or texts per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run is determined by."""
+
+    name: str = "custom"
+    """Name of the run's folder, unless `--out` says otherwise."""
+    description: str = ""
+    """One line for lists and reports."""
+    embed_dim: int = 512
+    """Width of the space both towers project into."""
+    image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    """The image tower."""
+    text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
+    """The text tower."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training data."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning-rate schedule."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The trainer."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The evaluation."""
