@@ -1,0 +1,187 @@
+"""A run is a function of its recipe: interrupted anywhere, it continues bit for bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.unicl.engine.toy import ToyLoader, ToyModel, ToyTask
+from unicl.config import OptimizerConfig, ScheduleConfig, TrainerConfig
+from unicl.engine.checkpoint import checkpoints
+from unicl.engine.metrics import read_metrics
+from unicl.engine.trainer import Interrupted, Trainer
+from unicl.errors import UniclError, UsageError
+
+
+def make(folder, *, loader=None, evaluators=(), **config):
+    settings = {
+        "steps": 12,
+        "batch_size": 8,
+        "precision": "fp32",
+        "log_every": 5,
+        "save_every": 4,
+        "keep_last": 2,
+    }
+    torch.manual_seed(0)
+    return Trainer(
+        ToyTask(ToyModel()),
+        loader or ToyLoader(),
+        folder,
+        config=TrainerConfig(**{**settings, **config}),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        schedule=ScheduleConfig(warmup_steps=3),
+        evaluators=evaluators,
+    )
+
+
+def untimed(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "train/samples_per_second"} for row in rows]
+
+
+def assert_equal_runs(one, other):
+    for (name, a), b in zip(
+        one.task.model.state_dict().items(), other.task.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    for p, q in zip(one.task.model.parameters(), other.task.model.parameters(), strict=True):
+        for kind, value in one.optimizer.state[p].items():
+            assert torch.equal(value, other.optimizer.state[q][kind]), kind
+    assert one.consumed == other.consumed
+    assert untimed(one.folder) == untimed(other.folder)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the trainer may catch it."""
+
+
+class DyingLoader(ToyLoader):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def batches(self, start: int = 0):
+        for batch in super().batches(start):
+            if batch.consumed > self.at * self.batch_size:
+                raise Killed
+            yield batch
+
+
+@pytest.mark.parametrize("death", range(1, 12))
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_run_killed_at_any_step_continues_bit_for_bit(tmp_path, death, chunk):
+    whole = make(tmp_path / "whole", chunk=chunk)
+    whole.fit()
+    dying = make(tmp_path / "cut", loader=DyingLoader(death), chunk=chunk)
+    with pytest.raises(Killed):
+        dying.fit()
+    resumed = make(tmp_path / "cut", chunk=chunk)
+    resumed.fit()
+    assert_equal_runs(whole, resumed)
+
+
+def test_training_learns(tmp_path):
+    class OneBatch(ToyLoader):
+        def batch(self, start):
+            return (
+                super()
+                .batch(0)
+                .__class__(**{**super().batch(0).__dict__, "consumed": start + self.batch_size})
+            )
+
+    trainer = make(tmp_path, loader=OneBatch(), steps=150, log_every=10)
+    trainer.fit()
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, number):
+    class Signalling(ToyLoader):
+        def batches(self, start=0):
+            for index, batch in enumerate(super().batches(start)):
+                if index == 6:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"{number.name}: saved at step 7"):
+        make(tmp_path / "cut", loader=Signalling()).fit()
+    assert signal.getsignal(number) is before
+    assert [p.name for p in checkpoints(tmp_path / "cut" / "checkpoints")][-1] == "step-00000007"
+    resumed = make(tmp_path / "cut")
+    resumed.fit()
+    whole = make(tmp_path / "whole")
+    whole.fit()
+    assert_equal_runs(whole, resumed)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    make(tmp_path).fit()
+    before = untimed(tmp_path)
+    again = make(tmp_path, loader=DyingLoader(0))
+    assert again.fit().step == 12
+    assert untimed(tmp_path) == before
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.4, 0.5])
+    make(
+        tmp_path,
+        steps=12,
+        save_every=2,
+        eval_every=2,
+        keep_last=2,
+        keep_best="toy/score",
+        evaluators=[lambda model: {"toy/score": next(scores)}],
+    ).fit()
+    kept = [path.name for path in checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["step-00000004", "step-00000010", "step-00000012"]
+
+
+def test_an_unknown_best_metric_names_those_there_are(tmp_path):
+    trainer = make(
+        tmp_path, eval_every=1, keep_best="top1", evaluators=[lambda m: {"zero_shot/top1": 1.0}]
+    )
+    with pytest.raises(UsageError, match="zero_shot/top1"):
+        trainer.fit()
+
+
+def test_a_nonfinite_gradient_stops_the_run_and_names_the_samples(tmp_path):
+    trainer = make(tmp_path, loader=ToyLoader(poison=6))
+    with pytest.raises(
+        UniclError, match=r"not finite at step 6 .*keys from 48 to 55.*step-00000004"
+    ):
+        trainer.fit()
+
+
+def test_nonfinite_steps_can_be_skipped(tmp_path):
+    trainer = make(tmp_path, loader=ToyLoader(poison=6), max_nonfinite=1)
+    trainer.fit()
+    assert trainer.nonfinite == 1
+    assert all(torch.isfinite(p).all() for p in trainer.task.model.parameters())
+
+
+def test_auto_precision_is_chosen_once_and_kept(tmp_path):
+    first = make(tmp_path, precision="auto", steps=4)
+    first.fit()
+    assert first.precision in ("fp32", "bf16")
+    state = json.loads((checkpoints(tmp_path / "checkpoints")[-1] / "state.json").read_text())
+    assert state["precision"] == first.precision
+
+
+def test_metrics_carry_what_a_person_watches(tmp_path):
+    make(tmp_path, log_every=4).fit()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert rows[0].keys() >= {
+        "train/loss",
+        "train/scale",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/samples_per_second",
+        "train/skipped",
+    }
+    assert list((tmp_path / "events").glob("events.out.tfevents.*"))

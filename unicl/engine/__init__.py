@@ -1,0 +1,1 @@
+"""The trainer and what it stands on. Knows no contrastive learning: it runs a task."""

@@ -1,0 +1,131 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard events, and one log line per N steps."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+logger = logging.getLogger("unicl")
+
+
+class RunningMeans:
+    """Means of metrics since the last log line; part of a checkpoint, so that resume is exact."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None, count: int = 0) -> None:
+        self.sums = dict(sums or {})
+        self.count = count
+
+    def add(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add one step's values."""
+        self.count += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def pop(self) -> dict[str, float]:
+        """Return the means and start over."""
+        means = {name: total / max(self.count, 1) for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {"sums": dict(self.sums), "count": self.count}
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        folder: the run.
+        step: the run continues after this step; rows of later steps, written by a process that
+            died before its next checkpoint, are removed.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        replacement = self.path.with_suffix(".partial")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replacement.replace(self.path)
+        self._file = self.path.open("a")
+        self._events = SummaryWriter(folder / "events", purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one row, and have it on disk before anything that builds on it."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a `metrics.jsonl`; a torn last line, left by a kill, is dropped."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class StepClock:
+    """Samples per second since the last reading, and the time that is left."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._steps = 0
+
+    def add(self, samples: int) -> None:
+        """Count one step."""
+        self._samples += samples
+        self._steps += 1
+
+    def read(self, steps_left: int) -> tuple[float, float]:
+        """Return samples per second and seconds left, and start over."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._samples / elapsed
+        remaining = steps_left * elapsed / max(self._steps, 1)
+        self.__init__()  # type: ignore[misc]
+        return rate, remaining
+
+
+def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
+    """Log one aligned line for a person to read."""
+    width = len(str(total))
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    logger.info(
+        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s  %s left",
+        width,
+        step,
+        total,
+        row["train/loss"],
+        row.get("train/scale", float("nan")),
+        row["train/learning_rate"],
+        row["train/grad_norm"],
+        row["train/samples_per_second"],
+        f"{hours}:{minutes:02d}:{seconds:02d}",
+    )
+
+
+def log_evaluation(step: int, total: int, metrics: Mapping[str, float]) -> None:
+    """Log an evaluation's figures in one line."""
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    logger.info("step %*d/%d  %s", len(str(total)), step, total, figures)
