@@ -1,0 +1,150 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests.unicl.evaluation.toys import KnowingModel, ToySamples, every_name, tokenize
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.embeddings import embed_images
+from unicl.evaluation.retrieval import Pairs, Retrieval, recall
+
+KS = (1, 5, 10)
+
+
+def brute_force(queries: Tensor, items: Tensor, pairs: Tensor, k: int) -> float:
+    """Recall at k with every similarity at once; ties count against the model."""
+    found = []
+    for query in sorted(set(pairs[:, 0].tolist())):
+        right = set(pairs[pairs[:, 0] == query, 1].tolist())
+        similarities = (items @ queries[query]).tolist()
+        best = max(similarities[item] for item in right)
+        before = [s for item, s in enumerate(similarities) if item not in right and s >= best]
+        found.append(len(before) < k)
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(("num_queries", "num_items"), [(40, 60), (60, 40), (30, 4), (1, 1)])
+def test_recall_agrees_with_brute_force(num_queries: int, num_items: int) -> None:
+    generator = torch.Generator().manual_seed(num_queries)
+    queries = normalize(torch.randn(num_queries, 8, generator=generator), dim=1)
+    items = normalize(torch.randn(num_items, 8, generator=generator), dim=1)
+    # Several right items per query, several queries per item, and queries without any.
+    pairs = (torch.rand(num_queries, num_items, generator=generator) < 0.05).nonzero()
+    pairs = torch.cat([pairs, torch.tensor([[0, 0]])]).unique(dim=0)
+    shuffled = pairs[torch.randperm(len(pairs), generator=generator)]
+    expected = {k: brute_force(queries, items, pairs, k) for k in KS}
+    assert recall(queries, items, shuffled, KS) == pytest.approx(expected)
+
+
+def test_a_collapsed_model_scores_nothing() -> None:
+    same = normalize(torch.ones(300, 24), dim=1)
+    pairs = torch.arange(300)[:, None].expand(-1, 2)
+    assert recall(same, same, pairs, KS) == {1: 0.0, 5: 0.0, 10: 0.0}
+
+
+def test_ties_count_as_lost_only_up_to_their_number() -> None:
+    # Item 0 is right and ties with items 1 and 2; item 3 is far.
+    items = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), dim=1)
+    queries = torch.tensor([[1.0, 0.0]])
+    found = recall(queries, items, torch.tensor([[0, 0]]), (1, 2, 3))
+    assert found == {1: 0.0, 2: 0.0, 3: 1.0}
+
+
+def test_several_right_items_tied_at_the_top_are_found() -> None:
+    items = normalize(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 20), dim=1)
+    pairs = torch.tensor([[0, 0], [0, 1], [0, 2]])
+    assert recall(torch.tensor([[1.0, 0.0]]), items, pairs, (1,)) == {1: 1.0}
+
+
+def test_pairs_of_a_set() -> None:
+    samples = ToySamples(
+        [(0, "cat", 0), (0, "a  cat", 0), (0, "cat", 1), (1, "a cat", 0), (2, "", 0)]
+    )
+    found = Pairs.of(embed_images(KnowingModel(), samples))
+    assert found.image_rows.tolist() == [0, 2, 3, 4]
+    assert found.texts == ("cat", "a  cat")  # "a cat" is the same text
+    assert sorted(found.pairs.tolist()) == [[0, 0], [0, 1], [1, 0], [2, 1]]
+
+
+def test_metrics_of_a_model_that_knows_all_names() -> None:
+    metrics = Retrieval(every_name(), tokenize)(KnowingModel())
+    assert metrics == {
+        f"retrieval/{direction}_r{k}": 1.0 for direction in ("i2t", "t2i") for k in KS
+    }
+
+
+def test_directions_are_measured_apart() -> None:
+    # One image of "cat" is taken for "dog": it brings up a wrong text, and ties with the real dog.
+    samples = ToySamples([(0, "cat", 0), (2, "cat", 0), (1, "dog", 0), (4, "tree", 0)])
+    model = KnowingModel(mistakes={2: 1})
+    metrics = Retrieval(samples, tokenize, ks=(1, 2), prefix="shots")(model)
+    assert metrics == {
+        "shots/i2t_r1": 0.75,
+        "shots/i2t_r2": 1.0,
+        "shots/t2i_r1": pytest.approx(2 / 3),
+        "shots/t2i_r2": 1.0,
+    }
+
+
+def test_any_text_of_an_image_is_right() -> None:
+    # The image of "cat" comes first with a text that the model cannot connect with it.
+    samples = ToySamples([(0, "moon", 0), (0, "cat", 0), (1, "dog", 0), (4, "tree", 0)])
+    metrics = Retrieval(samples, tokenize, ks=(1,))(KnowingModel())
+    assert metrics["retrieval/i2t_r1"] == 1.0
+    assert metrics["retrieval/t2i_r1"] < 1.0
+
+
+def test_images_without_text_are_searched_but_do_not_ask() -> None:
+    samples = ToySamples([(0, "cat", 0), (0, "", 1), (1, "dog", 0)])
+    metrics = Retrieval(samples, tokenize, ks=(1,))(KnowingModel())
+    assert metrics == {"retrieval/i2t_r1": 1.0, "retrieval/t2i_r1": 0.5}
+
+
+def test_a_set_without_any_text_is_an_error() -> None:
+    with pytest.raises(UniclError, match="no image of the evaluation set has a text"):
+        Retrieval(ToySamples([(0, "", 0)]), tokenize)(KnowingModel())
+
+
+@pytest.mark.parametrize("ks", [(), (0, 5)])
+def test_impossible_k(ks: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="recall at k"):
+        Retrieval(every_name(), tokenize, ks=ks)
+
+
+def test_search_finds_images_best_first() -> None:
+    model = KnowingModel()
+    evaluator = Retrieval(every_name(), tokenize)
+    (tree, apple) = evaluator.search(model, ["tree", "red  apple"], k=3)
+    assert {hit.key for hit in tree[:2]} == {"key4", "key10"}
+    assert [hit.right for hit in tree] == [True, True, False]
+    assert [hit.text for hit in apple[:2]] == ["red apple"] * 2
+    assert apple[0].right  # equal after normalisation
+    assert tree[0].similarity == pytest.approx(1.0, abs=1e-5)
+    assert tree[0].similarity >= tree[2].similarity
+
+
+def test_search_shows_an_image_once_and_no_more_than_there_are() -> None:
+    samples = ToySamples([(0, "cat", 0), (0, "a cat", 0), (1, "dog", 0)])
+    embedded = embed_images(KnowingModel(), samples)
+    (hits,) = Retrieval(samples, tokenize).search(KnowingModel(), ["a cat"], 10, embedded)
+    assert len(hits) == 2
+    assert {hit.key: hit.right for hit in hits} == {"key0": True, "key2": False}
+
+
+def test_faiss_is_imported_late_and_takes_no_more_threads_than_torch() -> None:
+    code = """
+import sys, torch
+import unicl.evaluation.retrieval as retrieval
+assert "faiss" not in sys.modules
+torch.set_num_threads(1)
+points = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+pairs = torch.arange(50)[:, None].expand(-1, 2)
+assert retrieval.recall(points, points, pairs, (1,)) == {1: 1.0}
+import faiss
+assert faiss.omp_get_max_threads() == 1
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)

@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.unicl.evaluation.toys import CONTEXT, NAMES, ToyModel, tokenize
+from unicl.errors import UniclError, UsageError
+from unicl.predictor import ImageInput, Predictor
+
+
+def predictor(batch_size: int = 64) -> Predictor:
+    return Predictor(ToyModel(), tokenize, image_size=4, batch_size=batch_size)
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
+
+
+def test_a_path_a_picture_and_an_array_are_the_same(tmp_path: Path) -> None:
+    pixels = noise(0, 6, 8, 3)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    inputs: list[ImageInput] = [path, str(path), Image.open(path), pixels]
+    embeddings = predictor().embed_images(inputs)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(embeddings, embeddings[:1].repeat(4, axis=0))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 5, 3), (5, 5, 4)])
+def test_grey_and_transparent_arrays(shape: tuple[int, ...]) -> None:
+    assert predictor().embed_images([noise(1, *shape)]).shape == (1, 16)
+
+
+def test_batches_do_not_show() -> None:
+    images = [noise(seed, 6, 6, 3) for seed in range(5)]
+    np.testing.assert_allclose(
+        predictor(2).embed_images(images), predictor().embed_images(images), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_texts_are_embedded_as_they_are() -> None:
+    embeddings = predictor(2).embed_texts(NAMES)
+    expected = ToyModel().eval().encode_text(tokenize(NAMES)).detach().numpy()
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_classification_is_a_softmax_over_the_names() -> None:
+    images = [noise(seed, 6, 6, 3) for seed in range(3)]
+    found = predictor().classify(images, NAMES, templates=("{}",), top_k=6)
+    similarities = predictor().embed_images(images) @ predictor().embed_texts(NAMES).T
+    expected = torch.from_numpy(10 * similarities).softmax(dim=1).numpy()
+    for guesses, shares in zip(found, expected, strict=True):
+        assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
+        assert [share for _, share in guesses] == pytest.approx(sorted(shares)[::-1], abs=1e-5)
+        assert guesses[0][0] == NAMES[int(shares.argmax())]
+
+
+def test_no_more_guesses_than_names() -> None:
+    found = predictor().classify([noise(0, 4, 4, 3)], ["cat", "dog"], top_k=5)
+    assert {name for name, _ in found[0]} == {"cat", "dog"}
+    assert len(predictor().classify([noise(0, 4, 4, 3)], NAMES)[0]) == 5
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    used = predictor()
+    used.model.train()
+    used.embed_images([noise(0, 4, 4, 3)])
+    used.embed_texts(["cat"])
+    assert used.model.training
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no image file .*cat\.jpg"):
+        predictor().embed_images([tmp_path / "cat.jpg"])
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n torn"])
+def test_an_undecodable_file(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(data)
+    with pytest.raises(UniclError, match=r"cannot read .*cat\.png: ") as error:
+        predictor().embed_images([path])
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 1
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    Image.fromarray(noise(0, 64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(UniclError, match=r"cannot read .*cat\.png: "):
+        predictor().embed_images([path])
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(UniclError, match="cannot read"):
+        predictor().embed_images([tmp_path])
+
+
+def test_an_array_that_is_no_image() -> None:
+    with pytest.raises(UsageError, match=r"image 1: .* got uint8 of shape \[4, 4, 2\]"):
+        predictor(1).embed_images([noise(0, 4, 4, 3), noise(0, 4, 4, 2)])
+
+
+@pytest.mark.parametrize("images", [[], "cat.jpg"])
+def test_what_is_no_list_of_images(images: list[ImageInput] | str) -> None:
+    with pytest.raises(UsageError, match=r"images (is empty|must be a list)"):
+        predictor().embed_images(images)
+
+
+def test_names_and_templates_that_cannot_be_used() -> None:
+    image = noise(0, 4, 4, 3)
+    with pytest.raises(UsageError, match="'cat' occurs twice"):
+        predictor().classify([image], ["cat", "cat"])
+    with pytest.raises(UsageError, match=r"no templates 'klip': choose from .*clip"):
+        predictor().classify([image], ["cat"], templates="klip")
+    with pytest.raises(UsageError, match="names is empty"):
+        predictor().classify([image], [])
+    with pytest.raises(UsageError, match="top_k"):
+        predictor().classify([image], ["cat"], top_k=0)
+    with pytest.raises(UsageError, match="batch_size"):
+        predictor(0)
+
+
+def test_loading_takes_sizes_from_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("unicl.build")
+    from unicl.config import Recipe
+    from unicl.config.schema import ImageTowerConfig, TextTowerConfig
+
+    recipe = Recipe(
+        image_tower=ImageTowerConfig(image_size=4),
+        text_tower=TextTowerConfig(context_length=CONTEXT),
+    )
+    asked = []
+    monkeypatch.setattr(
+        build, "load_model", lambda path: (asked.append(path), (ToyModel(), recipe))[1]
+    )
+    loaded = Predictor.load("runs/demo", device="cpu", batch_size=3)
+    assert asked == ["runs/demo"]
+    assert loaded.tokenize(["cat"]).shape == (1, CONTEXT)
+    assert loaded.embed_images([noise(0, 9, 9, 3)]).shape == (1, 16)
+    assert loaded.batch_size == 3

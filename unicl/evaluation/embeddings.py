@@ -1,0 +1,177 @@
+"""Embed a data set or a list of texts with a model's two towers; every evaluator starts here."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unicl.data.loader import Batch, Tokenize
+from unicl.errors import UniclError
+
+# Texts are sorted by length inside blocks of this many batches: long enough that every batch holds
+# texts of one length (the text tower trims a batch to its longest), short enough to stay in memory.
+_BATCHES_PER_BLOCK = 64
+
+
+@runtime_checkable
+class TwoTowers(Protocol):
+    """What an evaluator needs of a model; `unicl.towers.two_tower.TwoTower` has it."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-length fp32 embeddings [batch, dim] of images."""
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit-length fp32 embeddings [batch, dim] of token numbers."""
+
+    def scale(self) -> Tensor:
+        """The factor that turns similarities into logits."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module of the model, itself first."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the model."""
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A data set that can be passed over once; `unicl.data.loader.Loader` is one."""
+
+    def epoch(self) -> Iterator[Batch]:
+        """Batches of one pass, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """The images of a data set as embeddings, and what belongs to each of them, row by row."""
+
+    embeddings: Float[Tensor, "num_samples dim"]
+    """Unit-length fp32 image embeddings, on the CPU."""
+    labels: Int[Tensor, " num_samples"]
+    """Labels from the text hash table."""
+    texts: tuple[str, ...]
+    """Texts, before any template."""
+    keys: tuple[str, ...]
+    """Keys of the samples inside their shards."""
+    contents: tuple[bytes, ...]
+    """Digests of the pixels: samples with equal digests show one image."""
+    skipped: dict[str, int]
+    """Samples that could not be read, counted by reason."""
+
+
+@contextmanager
+def evaluating(model: TwoTowers) -> Iterator[None]:
+    """Put a model into eval mode without gradients; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def embed_images(
+    model: TwoTowers, loader: Samples, *, autocast: torch.dtype | None = None
+) -> Embedded:
+    """Embed every image of one pass over a data set.
+
+    Args:
+        model: the two towers.
+        loader: the data set.
+        autocast: type of the towers' arithmetic; None computes in the parameters' own.
+
+    Raises:
+        UniclError: no sample could be read, or an embedding is not finite.
+    """
+    device = device_of(model)
+    embeddings, labels = [], []
+    texts: list[str] = []
+    keys: list[str] = []
+    contents: list[bytes] = []
+    skipped: Counter[str] = Counter()
+    with evaluating(model), _autocast(device, autocast):
+        for batch in loader.epoch():
+            skipped.update(batch.skipped)
+            if not batch.keys:
+                continue
+            embeddings.append(model.encode_image(batch.images.to(device)).float().cpu())
+            labels.append(batch.labels.cpu())
+            texts.extend(batch.texts)
+            keys.extend(batch.keys)
+            contents.extend(_digest(image) for image in batch.images)
+    if not keys:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        raise UniclError(f"there is no readable sample to evaluate on ({reasons or 'empty set'})")
+    embedded = torch.cat(embeddings)
+    _require_finite(embedded, keys, "image")
+    return Embedded(
+        embeddings=embedded,
+        labels=torch.cat(labels),
+        texts=tuple(texts),
+        keys=tuple(keys),
+        contents=tuple(contents),
+        skipped=dict(skipped),
+    )
+
+
+def embed_texts(
+    model: TwoTowers,
+    texts: Sequence[str],
+    tokenize: Tokenize,
+    batch_size: int = 256,
+    *,
+    autocast: torch.dtype | None = None,
+) -> Float[Tensor, "num_texts dim"]:
+    """Embed texts, in the order they are given; unit-length fp32, on the CPU.
+
+    Raises:
+        UniclError: there is no text, or an embedding is not finite.
+    """
+    if not texts:
+        raise UniclError("there is no text to embed")
+    device = device_of(model)
+    embedded = []
+    with evaluating(model), _autocast(device, autocast):
+        for start in range(0, len(texts), _BATCHES_PER_BLOCK * batch_size):
+            tokens = tokenize(texts[start : start + _BATCHES_PER_BLOCK * batch_size])
+            order = (tokens != 0).sum(dim=1).argsort(stable=True)
+            rows = [
+                model.encode_text(tokens[chosen].to(device)).float().cpu()
+                for chosen in order.split(batch_size)
+            ]
+            embedded.append(torch.cat(rows)[order.argsort()])
+    embeddings = torch.cat(embedded)
+    _require_finite(embeddings, texts, "text")
+    return embeddings
+
+
+def device_of(model: TwoTowers) -> torch.device:
+    """Where the model's parameters lie."""
+    return next(iter(model.parameters())).device
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _digest(image: Tensor) -> bytes:
+    return blake2b(image.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _require_finite(embeddings: Float[Tensor, "n dim"], names: Sequence[str], kind: str) -> None:
+    # A NaN compares as false with everything, so that it would count as a right answer further on.
+    wrong = (~embeddings.isfinite().all(dim=1)).nonzero()
+    if len(wrong):
+        raise UniclError(
+            f"the embedding of {kind} {names[int(wrong[0])]!r} is not finite "
+            f"({len(wrong)} of {len(embeddings)}): the weights diverged, take an older checkpoint"
+        )

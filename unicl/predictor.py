@@ -1,0 +1,185 @@
+"""The trained model's public face: images and texts in, arrays out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from unicl.data.augment import EvalTransform, UndecodableImage, open_image
+from unicl.data.prompts import TEMPLATES
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.embeddings import TwoTowers, device_of, embed_texts, evaluating
+from unicl.evaluation.zero_shot import class_embeddings, rank_classes
+
+if TYPE_CHECKING:
+    from unicl.data.loader import Tokenize
+
+ImageInput = str | Path | Image.Image | NDArray[np.uint8]
+"""A path, a PIL image, or an array [height, width] or [height, width, 3 or 4] of bytes."""
+
+
+class Predictor:
+    """Embeds images and texts with a trained model, and names images.
+
+    Args:
+        model: the two towers.
+        tokenize: texts to token numbers of the text tower's context length.
+        image_size: side of the image tower's input, in pixels.
+        batch_size: images or texts per forward pass.
+    """
+
+    def __init__(
+        self, model: TwoTowers, tokenize: "Tokenize", *, image_size: int, batch_size: int = 64
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be positive, got {batch_size}")
+        self.model = model
+        self.tokenize = tokenize
+        self.transform = EvalTransform(image_size)
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", batch_size: int = 64) -> "Predictor":
+        """Load a run's model from its folder; nothing is unpickled.
+
+        Raises:
+            UniclError: there is no such run, or its checkpoint is damaged.
+            UsageError: `device` is "cuda" and there is no GPU.
+        """
+        # Late: building knows every component, using a model needs only a few of them.
+        from unicl.build import build_tokenizer, choose_device, load_model
+
+        model, recipe = load_model(path)
+        return cls(
+            model.to(choose_device(device)),
+            build_tokenizer(recipe),
+            image_size=recipe.image_tower.image_size,
+            batch_size=batch_size,
+        )
+
+    def embed_images(self, images: Sequence[ImageInput]) -> Float[np.ndarray, "num_images dim"]:
+        """Unit-length embeddings of images.
+
+        Raises:
+            UsageError: there are no images, a file is missing, or an array is no image.
+            UniclError: a file cannot be decoded.
+        """
+        return self._image_embeddings(images).numpy()
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts dim"]:
+        """Unit-length embeddings of texts, as they are: no template is added.
+
+        Raises:
+            UsageError: there are no texts.
+        """
+        _require_list(texts, "texts")
+        return embed_texts(self.model, texts, self.tokenize, self.batch_size).numpy()
+
+    def classify(
+        self,
+        images: Sequence[ImageInput],
+        names: Sequence[str],
+        *,
+        templates: str | Sequence[str] = "simple",
+        top_k: int = 5,
+    ) -> list[list[tuple[str, float]]]:
+        """The best names of each image with their probabilities among all names, best first.
+
+        Args:
+            images: paths, PIL images or arrays.
+            names: what an image can be, each once.
+            templates: name of a set of prompt templates, or templates with one `{}` each.
+            top_k: names to return for each image; all of them where there are fewer.
+
+        Example: `predictor.classify(["cat.jpg"], ["cat", "dog"])` is
+        `[[("cat", 0.97), ("dog", 0.03)]]`.
+
+        Raises:
+            UsageError: something that was asked for is wrong: a missing file, a name given twice.
+            UniclError: a file cannot be decoded.
+        """
+        _require_list(names, "names")
+        if top_k < 1:
+            raise UsageError(f"top_k must be positive, got {top_k}")
+        classifier = class_embeddings(
+            self.model,
+            names,
+            _templates(templates),
+            self.tokenize,
+            batch_size=self.batch_size,
+        )
+        embeddings = self._image_embeddings(images)
+        best, probabilities, _ = rank_classes(
+            embeddings,
+            classifier,
+            torch.zeros(len(embeddings), dtype=torch.int64),
+            scale=self.model.scale().item(),
+            num_guesses=top_k,
+        )
+        return [
+            [(names[number], share) for number, share in zip(*guesses, strict=True)]
+            for guesses in zip(best.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def _image_embeddings(self, images: Sequence[ImageInput]) -> Float[Tensor, "num_images dim"]:
+        _require_list(images, "images")
+        device = device_of(self.model)
+        embeddings = []
+        with evaluating(self.model):
+            for start in range(0, len(images), self.batch_size):
+                pixels = [
+                    self._pixels(image, number)
+                    for number, image in enumerate(images[start : start + self.batch_size], start)
+                ]
+                embedded = self.model.encode_image(torch.stack(pixels).to(device))
+                embeddings.append(embedded.float().cpu())
+        return torch.cat(embeddings)
+
+    def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "3 size size"]:
+        name = str(image) if isinstance(image, str | Path) else f"image {number}"
+        try:
+            if isinstance(image, str | Path):
+                return self.transform(open_image(Path(image).read_bytes()))
+            return self.transform(image if isinstance(image, Image.Image) else _picture(image))
+        except FileNotFoundError as error:
+            raise UsageError(f"there is no image file {name}") from error
+        except (OSError, UndecodableImage) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "not an image"
+            raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
+
+
+def _picture(array: NDArray[np.uint8]) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else None
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (None, 3, 4):
+        raise ValueError(
+            "an array must hold bytes of shape [height, width] or [height, width, 3 or 4], "
+            f"got {array.dtype} of shape {list(array.shape)}"
+        )
+    return Image.fromarray(array)
+
+
+def _require_list(values: Sequence[object], what: str) -> None:
+    # A single path is a sequence of letters to Python, and would be read as many one-letter paths.
+    if isinstance(values, str | Path | Image.Image):
+        raise UsageError(
+            f"{what} must be a list, got one {type(values).__name__}: put it in brackets"
+        )
+    if len(values) == 0:
+        raise UsageError(f"{what} is empty: give at least one")
+
+
+def _templates(templates: str | Sequence[str]) -> Sequence[str]:
+    if not isinstance(templates, str):
+        return templates
+    if templates not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UsageError(f"there are no templates {templates!r}: choose from {known}")
+    return TEMPLATES[templates]
