@@ -1,0 +1,1 @@
+"""Data: sources -> tar shards -> index -> sample order -> batch; text hash table; prompts."""

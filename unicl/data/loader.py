@@ -1,0 +1,294 @@
+"""Batches of decoded images, tokens and labels, identical for any number of worker processes.
+
+The plan of a run is a sequence of stream positions, cut into batches and those into pieces; a piece
+is a pure function of its positions. The loader's whole state is the number of samples consumed.
+"""
+
+import atexit
+import gc
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from unicl.data.order import SampleOrder
+from unicl.data.prompts import PromptSampler
+from unicl.data.reader import Piece, Reader, Skipped, Tokenize, Transform
+from unicl.data.shards import ShardSet
+from unicl.errors import UniclError, UsageError
+
+# What a worker hands over at a time: small enough to keep shared memory and latency low however
+# large the batch is, large enough that handing over costs nothing beside the decoding.
+_PIECE = 64
+_BATCHES_AHEAD = 2
+_FEWEST_TO_JUDGE = 100
+_SECONDS_AFTER_SIGTERM = 60
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are trained on together; bad ones are left out, so it may be short."""
+
+    images: UInt8[Tensor, "batch 3 height width"]
+    tokens: Int64[Tensor, "batch context"]
+    labels: Int64[Tensor, " batch"]
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    """The descriptions, before any template."""
+    consumed: int
+    """Stream position after this batch, where the next one starts."""
+    skipped: dict[str, int]
+    """Number of samples left out since the batch before, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with its tensors on another device."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.keys,
+            self.texts,
+            self.consumed,
+            self.skipped,
+        )
+
+
+class _Plan(Sampler[tuple[int, int]]):
+    """The pieces (first position, count) from `start` on, none across a batch's end."""
+
+    def __init__(self, start: int, stop: int | None, batch_size: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for first, count in self.batches():
+            for position in range(first, first + count, _PIECE):
+                yield position, min(_PIECE, first + count - position)
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Yield each batch's first position and number of positions."""
+        position = self.start
+        while self.stop is None or position < self.stop:
+            last = position + self.batch_size
+            last = last if self.stop is None else min(last, self.stop)
+            yield position, last - position
+            position = last
+
+
+class _Tally:
+    """Counts what was skipped, and stops the run when it becomes too much."""
+
+    def __init__(self, shards: ShardSet, max_skipped_share: float) -> None:
+        self._locate = shards.locate
+        self._max_skipped_share = max_skipped_share
+        self._num_read = 0
+        self._reasons: Counter[str] = Counter()
+        self._shards: Counter[str] = Counter()
+        self._example: dict[str, Skipped] = {}
+
+    def add(self, num_read: int, skipped: Sequence[Skipped]) -> None:
+        self._num_read += num_read
+        for sample in skipped:
+            shard, _ = self._locate(sample.index)
+            self._reasons[sample.reason] += 1
+            self._shards[shard] += 1
+            self._example.setdefault(shard, sample)
+
+    def check(self, *, last: bool = False) -> None:
+        """Raise if too large a share was skipped; `last` says that no more samples will come."""
+        num_skipped = self._reasons.total()
+        enough = self._num_read >= _FEWEST_TO_JUDGE or last
+        if not enough or not num_skipped:
+            return
+        if num_skipped == self._num_read or (
+            self._num_read >= _FEWEST_TO_JUDGE
+            and num_skipped > self._max_skipped_share * self._num_read
+        ):
+            raise UniclError(self._message(num_skipped))
+
+    def _message(self, num_skipped: int) -> str:
+        shard, in_shard = self._shards.most_common(1)[0]
+        example = self._example[shard]
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in self._reasons.most_common())
+        sample = f"sample {example.key!r}" if example.key else f"sample number {example.index}"
+        return (
+            f"{num_skipped} of {self._num_read} samples were skipped ({reasons}), most of them "
+            f"({in_shard}) in {shard}, such as {sample} ({example.reason}): prepare the data "
+            f"again, or raise data.max_skipped_share from {self._max_skipped_share:g}"
+        )
+
+
+class Loader:
+    """Reads, decodes, augments and tokenizes samples in the planned order.
+
+    A sample that cannot be used is left out of its batch and counted by reason.
+
+    Args:
+        transform: Makes a uint8 tensor of an opened image, given an integer seed.
+        tokenize: Makes token ids of texts; must depend on nothing but the texts.
+        num_workers: Processes that do the work; 0 does it in this one. The batches do not differ.
+        max_image_pixels: Larger images are skipped, judged by their headers.
+        max_skipped_share: More skipped samples than this share, of at least 100, end the run.
+
+    Raises:
+        UsageError: The batch size is not positive, or the number of workers is negative.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: SampleOrder,
+        *,
+        transform: Transform,
+        tokenize: Tokenize,
+        prompts: PromptSampler,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        max_image_pixels: int,
+        max_skipped_share: float,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be positive, got {batch_size}")
+        if num_workers < 0:
+            raise UsageError(f"data.num_workers must not be negative, got {num_workers}")
+        shards.table()  # Read it here: a damaged one is told at once, and workers share it.
+        self._reader = Reader(shards, order, transform, tokenize, prompts, seed, max_image_pixels)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._max_skipped_share = max_skipped_share
+
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Yield batches without end, from a stream position on.
+
+        Raises:
+            UniclError: Too large a share of the samples is bad, or a worker was killed.
+        """
+        return self._load(_Plan(start, None, self.batch_size))
+
+    def epoch(self) -> Generator[Batch, None, None]:
+        """Yield every sample once; the last batch may be smaller.
+
+        Raises:
+            UniclError: Too large a share of the samples is bad, or a worker was killed.
+        """
+        return self._load(_Plan(0, self._reader.shards.num_samples, self.batch_size))
+
+    def _load(self, plan: _Plan) -> Generator[Batch, None, None]:
+        tally = _Tally(self._reader.shards, self._max_skipped_share)
+        waiting: Counter[str] = Counter()
+        with closing(self._pieces(plan)) as pieces:
+            for first, count in plan.batches():
+                parts = [next(pieces) for _ in range(0, count, _PIECE)]
+                skipped = [sample for part in parts for sample in part.skipped]
+                tally.add(count, skipped)
+                tally.check()
+                waiting.update(sample.reason for sample in skipped)
+                # A batch of nothing but bad samples is passed over; the next one reports them.
+                if any(part.keys for part in parts):
+                    yield _join(parts, consumed=first + count, skipped=dict(waiting))
+                    waiting.clear()
+        tally.check(last=True)
+
+    def _pieces(self, plan: _Plan) -> Generator[Piece, None, None]:
+        if self.num_workers == 0:
+            yield from map(self._reader.__getitem__, plan)
+            return
+        pieces = self._start_workers(plan)
+        close = pieces._shutdown_workers
+        # At exit torch would wait in vain, then send a SIGTERM, which the workers let pass.
+        atexit.register(close)
+        try:
+            yield from pieces
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            cause = " ".join(str(error).split())
+            raise UniclError(
+                f"a data worker died, perhaps for lack of memory; lower data.num_workers ({cause})"
+            ) from error
+        finally:
+            atexit.unregister(close)
+            close()
+
+    def _start_workers(self, plan: _Plan) -> Any:
+        # What loads when it is first used, loaded once for all workers.
+        Image.init()
+        self._reader.tokenize([""])
+        pieces_ahead = _BATCHES_AHEAD * -(-self.batch_size // _PIECE)
+        with _quiet_start():
+            loader = DataLoader(
+                self._reader,
+                sampler=plan,
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=max(2, -(-pieces_ahead // self.num_workers)),
+                multiprocessing_context=_context(),
+                worker_init_fn=_leave_signals_to_trainer,
+                # The default generator is the trainer's, and starting would advance it.
+                generator=torch.Generator(),
+            )
+            return iter(loader)
+
+
+def _join(parts: list[Piece], *, consumed: int, skipped: dict[str, int]) -> Batch:
+    parts = [part for part in parts if part.keys]
+    return Batch(
+        torch.cat([part.images for part in parts]),
+        torch.from_numpy(np.concatenate([part.tokens for part in parts])),
+        torch.from_numpy(np.concatenate([part.labels for part in parts])),
+        tuple(key for part in parts for key in part.keys),
+        tuple(text for part in parts for text in part.texts),
+        consumed,
+        skipped,
+    )
+
+
+def _context() -> BaseContext:
+    """Fork on Linux, the platform's own way elsewhere.
+
+    A forked worker starts at once, shares the index and needs no importable main module. The
+    danger of forking beside threads is a lock that one of them holds; a worker takes none of the
+    trainer's: it reads files, runs Pillow and the tokenizer, and one thread of torch.
+    """
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        # Python 3.12 on: see `_context`. torch: more workers than cores is the user's choice.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+    # torch's handler would raise a worker's death anywhere in the trainer, even amid an update;
+    # without it, the next batch raises it.
+    if signal.getsignal(signal.SIGCHLD) is not before is not None:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _leave_signals_to_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A SIGTERM to the whole job must leave the trainer its batches until it has saved.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # What was inherited is not the worker's to collect; it would only be copied page by page.
+    gc.freeze()

@@ -1,0 +1,144 @@
+"""From stream positions to decoded, augmented, tokenized samples: what a worker process does.
+
+A piece of a batch is a pure function of its positions. What cannot be used is named and left out.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unicl.data.augment import UndecodableImage, open_image
+from unicl.data.order import SampleOrder, mix
+from unicl.data.prompts import PromptSampler
+from unicl.data.shards import RawSample, SampleError, ShardSet
+
+_AUGMENTATION = int.from_bytes(b"augment")
+_CACHED_TEXTS = 32_768
+
+Transform = Callable[[Image.Image, int], Tensor]
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that cannot be used."""
+
+    reason: str
+    index: int
+    """Its place in the data set."""
+    key: str
+    """Empty when even the key is out of reach."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive samples of a batch without the bad ones; with no good ones, tensors are empty."""
+
+    images: Tensor
+    # Small arrays travel to the trainer inside the message, not in shared memory of their own.
+    tokens: np.ndarray
+    labels: np.ndarray
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class Reader(Dataset):
+    """Maps (first position, count) to a piece; holds nothing that changes its result.
+
+    Args:
+        transform: Makes a uint8 tensor of an opened image, given an integer seed.
+        tokenize: Makes token ids of texts; must depend on nothing but the texts.
+        max_image_pixels: Larger images are skipped, judged by their headers.
+    """
+
+    shards: ShardSet
+    order: SampleOrder
+    transform: Transform
+    tokenize: Tokenize
+    prompts: PromptSampler
+    seed: int
+    max_image_pixels: int
+    token_cache: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __getitem__(self, positions: tuple[int, int]) -> Piece:
+        """Read the samples at `count` stream positions from the first one on."""
+        first, count = positions
+        images, prompted, labels, keys, texts, skipped = [], [], [], [], [], []
+        table = self.shards.table()
+        with _pillow_limits(self.max_image_pixels):
+            for position, index in enumerate(self.order.indices(first, count).tolist(), first):
+                key = ""
+                try:
+                    sample = self.shards.read(index)
+                    key = sample.key
+                    text = _text(sample)
+                    images.append(self._image(sample, position))
+                except SampleError as error:
+                    skipped.append(Skipped(error.reason, index, key))
+                    continue
+                labels.append(table.label(text, key))
+                keys.append(key)
+                texts.append(text)
+                prompted.append(self.prompts(text, position))
+        return Piece(
+            torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
+            self._tokens(prompted),
+            np.array(labels, dtype=np.int64),
+            tuple(keys),
+            tuple(texts),
+            tuple(skipped),
+        )
+
+    def _image(self, sample: RawSample, position: int) -> Tensor:
+        if not sample.image:
+            raise SampleError("no image")
+        seed = mix(self.seed, _AUGMENTATION, position)
+        try:
+            return self.transform(open_image(sample.image), seed)
+        except (UndecodableImage, OSError, SyntaxError) as error:
+            bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+            bomb = isinstance(error.__cause__, bombs)
+            raise SampleError("image too large" if bomb else "undecodable image") from error
+
+    def _tokens(self, texts: list[str]) -> np.ndarray:
+        """Tokenize texts; most names and captions come again, so rows are kept for a while."""
+        if not texts:
+            return np.empty((0, 0), np.int64)
+        if len(self.token_cache) > _CACHED_TEXTS:
+            self.token_cache.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self.token_cache]
+        if new:
+            self.token_cache.update(zip(new, self.tokenize(new).numpy(), strict=True))
+        return np.stack([self.token_cache[text] for text in texts])
+
+
+def _text(sample: RawSample) -> str:
+    if sample.text is None:
+        raise SampleError("no text")
+    try:
+        return sample.text.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("text is not UTF-8") from error
+
+
+@contextmanager
+def _pillow_limits(max_image_pixels: int) -> Iterator[None]:
+    """Make Pillow refuse larger images by their headers, and keep its warnings to itself."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

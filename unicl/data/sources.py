@@ -1,0 +1,249 @@
+"""Sources: where images and texts come from before they are shards (Florence, section 2.1)."""
+
+import csv
+import re
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from unicl.errors import UniclError, UsageError
+
+IMAGE_COLUMNS = ("image", "image_path", "path", "filepath", "file_name", "filename")
+TEXT_COLUMNS = ("caption", "text", "title")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# The bytes that an image file begins with; its name may say otherwise.
+_SIGNATURES = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\x00": "tif",
+    b"MM\x00*": "tif",
+    b"P6": "ppm",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image and its text on their way into a shard."""
+
+    key: str
+    """Unique name within the source, fit for a WebDataset key."""
+    image: bytes
+    """The encoded image, as the source has it."""
+    extension: str
+    """Of the image's real file type."""
+    text: str
+    """The description; never empty."""
+
+
+@dataclass(frozen=True)
+class SkippedEntry:
+    """Something in a source that cannot become a sample."""
+
+    reason: str
+    """What skipped entries are counted by."""
+    where: str
+    """The file or row, for a person who wants to look."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where `prepare` takes its samples from; anything with these members will do."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of its parts; one empty name when it has a single part."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `dataset.json` shall say of it."""
+
+    def num_entries(self, split: str) -> int | None:
+        """Return the number of entries of a part, if that is known beforehand."""
+
+    def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
+        """Go through a part, always in the same order."""
+
+
+def open_source(
+    spec: str, *, image_column: str | None = None, text_column: str | None = None
+) -> Source:
+    """Open a source by what a person would type.
+
+    Args:
+        spec: `twemoji`, a .csv or .tsv file, or a folder that has one folder of images per class.
+            A folder that is itself called twemoji is `./twemoji`.
+        image_column: Column of a table with the images' paths; unset takes the first it knows.
+        text_column: Column of a table with the texts; unset takes the first it knows.
+
+    Raises:
+        UsageError: There is no such source, or it does not look like one.
+    """
+    if spec == "twemoji":
+        from unicl.data.twemoji import Twemoji
+
+        return Twemoji()
+    path = Path(spec)
+    if path.is_dir():
+        return ClassFolder(path)
+    if not path.exists():
+        raise UsageError(f"source {spec} does not exist; give a folder, a .csv, a .tsv, or twemoji")
+    if path.suffix.lower() not in _DELIMITERS:
+        raise UsageError(f"source {spec} is no folder, .csv or .tsv, and not twemoji")
+    return Table(path, image_column=image_column, text_column=text_column)
+
+
+class ClassFolder:
+    """A folder of folders: `folder/golden_retriever/*.jpg` are images of a "golden retriever".
+
+    The images of all classes are mixed, by a hash of their paths: shards that hold one class each
+    could not be shuffled into useful batches.
+    """
+
+    splits = ("",)
+
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        self._folder = folder
+        try:
+            folders = sorted(path for path in folder.iterdir() if _visible_folder(path))
+            paths = [
+                path.relative_to(folder)
+                for class_folder in folders
+                for path in sorted(class_folder.rglob("*"))
+                if path.is_file() and not path.name.startswith(".")
+            ]
+        except OSError as error:
+            raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
+        if not paths:
+            raise UsageError(f"{folder} has no images; expected {folder}/CLASS_NAME/IMAGE.jpg")
+        self._paths = sorted(paths, key=lambda path: (blake2b(bytes(path)).digest(), path))
+        self.info: dict[str, Any] = {
+            "source": "class folder",
+            "classes": [_class_name(path.name) for path in folders],
+        }
+
+    def num_entries(self, split: str) -> int:
+        """Return the number of files in the class folders."""
+        return len(self._paths)
+
+    def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
+        """Go through the files of all classes, mixed."""
+        for number, path in enumerate(self._paths):
+            text = _class_name(path.parts[0])
+            yield _entry(number, self._folder / path, text, where=str(path))
+
+
+class Table:
+    """A CSV or TSV file with a header; a column of image paths, relative to the file, one of texts.
+
+    Rows stay in their order.
+    """
+
+    splits = ("",)
+
+    def __init__(
+        self, path: Path, *, image_column: str | None = None, text_column: str | None = None
+    ) -> None:
+        self.name = str(path)
+        self._path = path
+        self.info: dict[str, Any] = {"source": path.name}
+        columns = next(self._rows(), None)
+        if not columns:
+            raise UsageError(f"{path} is empty; expected a header and one row per image")
+        self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image_column")
+        self._text = _find_column(path, columns, text_column, TEXT_COLUMNS, "text_column")
+
+    def num_entries(self, split: str) -> None:
+        """Return None: counting the rows would mean reading the file twice."""
+
+    def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
+        """Go through the rows."""
+        rows = self._rows()
+        next(rows)
+        for number, row in enumerate(rows):
+            where = f"row {number + 2}"
+            if not row:
+                continue
+            if len(row) <= max(self._image, self._text):
+                yield SkippedEntry("row too short", where)
+                continue
+            path = self._path.parent / row[self._image]
+            yield _entry(number, path, row[self._text], where=f"{where}: {row[self._image]}")
+
+    def _rows(self) -> Iterator[list[str]]:
+        delimiter = _DELIMITERS[self._path.suffix.lower()]
+        # A title of a web page can be longer than the 128 KiB that the csv module allows.
+        csv.field_size_limit(1 << 24)
+        try:
+            # Bytes that are not UTF-8 come through as surrogates; `_entry` counts their rows.
+            with open(
+                self._path, encoding="utf-8-sig", errors="surrogateescape", newline=""
+            ) as file:
+                yield from csv.reader(file, delimiter=delimiter)
+        except OSError as error:
+            raise UsageError(f"cannot read {self._path}: {error.strerror}") from error
+        except csv.Error as error:
+            raise UniclError(f"{self._path} is no table that can be read: {error}") from error
+
+
+def _find_column(
+    path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], setting: str
+) -> int:
+    names = [column.strip().lower() for column in columns]
+    for name in (wanted.strip().lower(),) if wanted is not None else known:
+        if name in names:
+            return names.index(name)
+    raise UsageError(
+        f"{path} has no column {wanted or ' or '.join(known)}; it has {', '.join(columns)}: "
+        f"set {setting} to one of them"
+    )
+
+
+def _entry(number: int, path: Path, text: str, *, where: str) -> Entry | SkippedEntry:
+    where = where.encode("utf-8", "backslashreplace").decode()
+    if not text.strip():
+        return SkippedEntry("no text", where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SkippedEntry("text is not UTF-8", where)
+    try:
+        image = path.read_bytes()
+    except FileNotFoundError:
+        return SkippedEntry("missing file", where)
+    # A path with a NUL is a ValueError.
+    except (OSError, ValueError):
+        return SkippedEntry("unreadable file", where)
+    extension = image_type(image)
+    if extension is None:
+        return SkippedEntry("not an image", where)
+    return Entry(_key(number, path), image, extension, text)
+
+
+def image_type(image: bytes) -> str | None:
+    """Return the file extension that an image's first bytes call for; None for what is none."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    return next((name for start, name in _SIGNATURES.items() if image.startswith(start)), None)
+
+
+def _key(number: int, path: Path) -> str:
+    # The number makes it unique, the rest lets a person find the image again. A tar has room for
+    # 100 bytes, and a dot would end the key.
+    return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', path.stem)[:80]}"
+
+
+def _class_name(folder_name: str) -> str:
+    return " ".join(folder_name.replace("_", " ").split())
+
+
+def _visible_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
