@@ -1,0 +1,124 @@
+"""From a recipe to a trained, reloaded model on real shards."""
+
+import pytest
+import torch
+
+from tests.unicl.corpus import small_recipe, write_corpus
+from unicl.build import build_model, load_model, read_recipe, train
+from unicl.config import parse_recipe
+from unicl.engine.checkpoint import checkpoints
+from unicl.engine.metrics import read_metrics
+from unicl.errors import UniclError, UsageError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "train", num_samples=40)
+    write_corpus(folder / "held_out", num_samples=12, seed=1)
+    return folder
+
+
+def recipe_for(corpus, **overrides):
+    keys = small_recipe(corpus / "train", corpus / "held_out")
+    return parse_recipe("", {**keys, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+def test_a_recipe_trains_evaluates_and_loads_again(corpus, tmp_path):
+    recipe = recipe_for(corpus)
+    run = train(recipe, tmp_path / "run")
+    assert run.step == 6
+    assert 0 <= run.metrics["zero_shot/top1"] <= run.metrics["zero_shot/top5"] <= 1
+    assert "retrieval/t2i_r10" in run.metrics
+    assert read_recipe(run.path) == recipe
+    model, loaded = load_model(run.path)
+    assert loaded == recipe
+    assert not model.training
+    embedding = model.encode_image(torch.zeros(1, 3, 24, 24, dtype=torch.uint8))
+    torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(1))
+
+
+def test_a_small_run_learns_the_colours(corpus, tmp_path):
+    recipe = recipe_for(
+        corpus,
+        trainer__steps="100",
+        trainer__save_every="100",
+        trainer__log_every="10",
+        optimizer__learning_rate="1e-3",
+        image_tower__drop_path_rate="0",
+    )
+    run = train(recipe, tmp_path / "run")
+    assert run.metrics["zero_shot/top1"] >= 0.8
+    losses = [
+        row["train/loss"] for row in read_metrics(run.path / "metrics.jsonl") if "train/loss" in row
+    ]
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_command_continues_and_ends_equal(corpus, tmp_path):
+    whole = train(recipe_for(corpus), tmp_path / "whole")
+    half = tmp_path / "cut"
+    run = train(recipe_for(corpus), half)
+    # Take the end away, as a kill between two checkpoints would have.
+    newest = checkpoints(half / "checkpoints")[-1]
+    newest.rename(newest.with_name(".gone"))
+    assert train(recipe_for(corpus, data__num_workers="1"), half).step == run.step
+    one, other = load_model(whole.path)[0], load_model(half)[0]
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_chunks_give_the_same_run(corpus, tmp_path):
+    """Gradient cache on real towers: equal to rounding, drop-path off as its draws differ."""
+    plain = train(recipe_for(corpus, image_tower__drop_path_rate="0"), tmp_path / "plain")
+    chunked = recipe_for(corpus, image_tower__drop_path_rate="0", trainer__chunk="5")
+    cached = train(chunked, tmp_path / "cached")
+    one, other = load_model(plain.path)[0], load_model(cached.path)[0]
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_folder_of_another_recipe_is_left_alone(corpus, tmp_path):
+    train(recipe_for(corpus), tmp_path / "run")
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UsageError, match=r"run with another optimizer\.learning_rate; choose"):
+        train(recipe_for(corpus, optimizer__learning_rate="1"), tmp_path / "run")
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not empty and not a run"):
+        train(recipe_for(corpus), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"image_tower__model": "coswin_tinny"}, "coswin_tiny"),
+        ({"data__train": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"data__train": ""}, r"data\.train is not set"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_thing(corpus, tmp_path, overrides, message):
+    with pytest.raises(UsageError, match=message):
+        train(recipe_for(corpus, **overrides), tmp_path / "run")
+
+
+def test_loading_what_is_not_a_run_says_so(corpus, tmp_path):
+    with pytest.raises(UniclError, match="is not a run"):
+        load_model(tmp_path)
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(UniclError, match="has no checkpoint yet"):
+        load_model(tmp_path)
+
+
+def test_equal_seeds_build_equal_models(corpus):
+    def weights(seed):
+        torch.manual_seed(seed)
+        return build_model(recipe_for(corpus)).state_dict()
+
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(1).values(), weights(1).values(), strict=True)
+    )
+    assert not torch.equal(
+        weights(1)["text.projection.weight"], weights(2)["text.projection.weight"]
+    )

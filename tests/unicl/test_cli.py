@@ -1,0 +1,89 @@
+"""Every mistake is one line and an exit code; `unicl --help` does not wait for torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.unicl.corpus import small_recipe, write_corpus
+from unicl.cli import main
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["trian"], 2, "invalid choice: 'trian'"),
+        ([], 2, "required: COMMAND"),
+        (["train"], 2, "required: RECIPE"),
+        (["train", "dmo"], 2, "did you mean demo?"),
+        (["train", "nowhere.toml"], 2, "cannot read recipe nowhere.toml"),
+        (["train", "demo", "--trainer.step", "3"], 2, "did you mean trainer.steps?"),
+        (["train", "demo", "--trainer.steps", "x"], 2, "must be a whole number"),
+        (["train", "demo", "--trainer.steps"], 2, "--trainer.steps needs a value"),
+        (["train", "demo", "--data.train", "nowhere"], 2, "nowhere"),
+        (["prepare", "nowhere", "--out", "x"], 2, "nowhere"),
+        (["prepare", "x", "--a.b", "3"], 2, "--a.b is no option here"),
+        (["prepare", "x", "--samples-per-shard", "many"], 2, "invalid int value"),
+    ],
+)
+def test_mistakes_are_one_line(words, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("unicl: error: ")
+    assert error.count("\n") == 1
+
+
+def test_help_and_configuration_need_no_torch():
+    code = (
+        "import sys\nfrom unicl.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "the whole job on the embedded corpus" in done.stdout
+
+
+def test_trains_from_the_command_line(tmp_path, capsys):
+    keys = small_recipe(write_corpus(tmp_path / "train"))
+    words = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    assert (
+        main(
+            [
+                "train",
+                "demo",
+                "--out",
+                str(tmp_path / "run"),
+                *words,
+                "--trainer.keep_best",
+                "none",
+                "--trainer.eval_every",
+                "none",
+                "--evaluation.data",
+                "none",
+            ]
+        )
+        == 0
+    )
+    lines = capsys.readouterr().err
+    assert "step 2/6  loss" in lines
+    assert "finished at step 6" in lines
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    keys = small_recipe(write_corpus(tmp_path / "train"))
+    (tmp_path / "small.toml").write_text("")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "somewhere/events")
+
+    monkeypatch.setattr("unicl.engine.trainer.MetricsLog", full)
+    words = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    assert (
+        main(["train", str(tmp_path / "small.toml"), "--out", str(tmp_path / "run"), *words]) == 1
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "unicl: error: somewhere/events: No space left on device"
+    )

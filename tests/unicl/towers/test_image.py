@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torchvision.transforms.functional import normalize
+
+from unicl.errors import UniclError, UsageError
+from unicl.towers.image import ImageTower
+
+MODELS = ("coswin_nano", "test_vit", "test_resnet", "test_mambaout")
+
+
+def small_tower(model="coswin_nano", **options):
+    torch.manual_seed(0)
+    return ImageTower(model, **{"embed_dim": 8, "image_size": 32} | options)
+
+
+@pytest.mark.parametrize("model", [*MODELS, "resnet10t"])
+def test_any_timm_model_gives_projected_features(model):
+    tower = small_tower(model).eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = tower(images)
+    assert features.shape == (2, 8)
+    assert torch.equal(features, tower.backbone(images) @ tower.projection.weight.T)
+    assert tower.projection.bias is None
+
+
+def test_bytes_are_normalised_and_floats_are_not():
+    tower = small_tower("test_resnet").eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = normalize(pixels / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(tower(pixels), tower(images))
+    assert not {"mean", "std"} & tower.state_dict().keys()
+
+
+def test_settings_reach_the_model():
+    tower = small_tower(window_size=4, drop_path_rate=0.2, layer_scale=0.3)
+    backbone = timm.create_model(
+        "coswin_nano", num_classes=0, window_size=4, drop_path_rate=0.2, layer_scale=0.3
+    )
+    shapes = {name: weight.shape for name, weight in backbone.state_dict().items()}
+    assert {k: w.shape for k, w in tower.backbone.state_dict().items()} == shapes
+    gammas = [w for k, w in tower.backbone.named_parameters() if k.endswith("gamma")]
+    assert len(gammas) > 0
+    assert all(torch.equal(w, torch.full_like(w, 0.3)) for w in gammas)
+    images = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(tower(images), tower(images))  # stochastic depth
+
+
+def test_layer_scale_is_called_otherwise_elsewhere():
+    tower = small_tower("test_vit", layer_scale=0.3)
+    gammas = [w for k, w in tower.backbone.named_parameters() if k.endswith("gamma")]
+    assert len(gammas) > 0
+    assert all(torch.equal(w, torch.full_like(w, 0.3)) for w in gammas)
+    gammas = [
+        w
+        for k, w in small_tower("test_convnext", layer_scale=0.3).backbone.named_parameters()
+        if k.endswith("gamma")
+    ]
+    assert all(torch.equal(w, torch.full_like(w, 0.3)) for w in gammas)
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ("resnet10t", {"window_size": 7}),
+        ("resnet10t", {"layer_scale": 0.1}),
+        ("test_vit", {"window_size": 7}),
+        ("test_mambaout", {"window_size": 4}),
+    ],
+)
+def test_setting_without_effect_is_refused(model, setting):
+    (name,) = setting
+    with pytest.raises(UsageError, match=f"image_tower.{name} has no effect on {model}"):
+        small_tower(model, **setting)
+
+
+def test_checkpointing_without_effect_is_refused(monkeypatch):
+    def refuse(self, enable=True):
+        assert not enable, "gradient checkpointing not supported"
+
+    monkeypatch.setattr(timm.models.ResNet, "set_grad_checkpointing", refuse)
+    with pytest.raises(UsageError, match=r"image_tower.checkpointing has no effect on resnet10t"):
+        small_tower("resnet10t", checkpointing=True)
+
+
+@pytest.mark.parametrize("model", ["coswin_nano", "test_vit"])
+def test_checkpointing_keeps_the_gradients(model):
+    images = torch.randn(2, 3, 32, 32)
+    plain, checkpointed = small_tower(model), small_tower(model, checkpointing=True)
+    for tower in (plain, checkpointed):
+        tower(images).square().sum().backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(UsageError, match=r"no timm model: coswin_tinny; did you mean coswin_tiny"):
+        small_tower("coswin_tinny")
+    with pytest.raises(UsageError, match=r"see timm.list_models\(\)"):
+        small_tower("0/0/0/0")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_of_a_classifier_start_the_backbone(model, tmp_path):
+    torch.manual_seed(5)
+    size = {} if model in ("test_resnet", "test_mambaout") else {"img_size": 32}
+    classifier = timm.create_model(model, num_classes=10, **size).eval()
+    path = tmp_path / "weights.safetensors"
+    save_file(classifier.state_dict(), path)
+    tower = small_tower(model, weights=path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    pooled = classifier.forward_head(classifier.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(tower.backbone(images), pooled)
+
+
+def test_weights_are_carried_to_another_window(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("coswin_nano").state_dict(), path)
+    tower = small_tower(window_size=4, weights=path)
+    tables = [w for k, w in tower.backbone.named_parameters() if k.endswith("bias_table")]
+    assert {len(table) for table in tables} == {49}
+
+
+def test_weights_of_a_whole_model_give_its_image_tower(tmp_path):
+    source = small_tower("test_resnet")
+    path = tmp_path / "model.safetensors"
+    save_file({f"image.{name}": weight for name, weight in source.state_dict().items()}, path)
+    tower = ImageTower("test_resnet", embed_dim=4, weights=path)
+    for name, weight in tower.backbone.state_dict().items():
+        assert torch.equal(weight, source.backbone.state_dict()[name])
+
+
+def _foreign(path: Path) -> None:
+    save_file({"other.weight": torch.ones(2)}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "model", "error", "message"),
+    [
+        ("w.pth", Path.touch, "test_vit", UsageError, "must be a .safetensors file"),
+        ("w.safetensors", lambda path: None, "test_vit", UsageError, "cannot read"),
+        ("w.safetensors", Path.mkdir, "test_vit", UsageError, "cannot read"),
+        ("w.safetensors", Path.touch, "test_vit", UniclError, "is damaged"),
+        ("w.safetensors", _foreign, "test_vit", UsageError, "does not fit image_tower.model"),
+        ("w.safetensors", _foreign, "test_resnet", UsageError, "does not fit image_tower.model"),
+        ("w.safetensors", _foreign, "coswin_nano", UsageError, "does not fit image_tower.model"),
+    ],
+)
+def test_bad_weights_are_one_line(name, write, model, error, message, tmp_path):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(error, match=message) as caught:
+        small_tower(model, weights=path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,274 @@
+"""The only place where configuration becomes objects."""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import torch
+
+from unicl.config import Recipe, parse_recipe, recipe_to_toml
+from unicl.data.augment import EvalTransform, TrainTransform
+from unicl.data.loader import Loader
+from unicl.data.order import SampleOrder
+from unicl.data.prompts import TEMPLATES, PromptSampler
+from unicl.data.shards import ShardSet
+from unicl.engine.checkpoint import checkpoints, load_state, load_weights
+from unicl.engine.trainer import Run, Trainer
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.embeddings import embed_images
+from unicl.evaluation.retrieval import Retrieval
+from unicl.evaluation.zero_shot import ZeroShot
+from unicl.pretraining import Pretraining
+from unicl.towers.image import ImageTower
+from unicl.towers.text import TextTower, tokenize
+from unicl.towers.two_tower import TwoTower
+
+logger = logging.getLogger("unicl")
+
+# Keys that change how a run is carried out or reported, not what it computes.
+_FREE_ON_RESUME = {
+    "data.num_workers",
+    "description",
+    "image_tower.checkpointing",
+    "name",
+    "text_tower.checkpointing",
+    "trainer.device",
+    "trainer.eval_every",
+    "trainer.keep_last",
+    "trainer.log_every",
+    "trainer.save_every",
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluator of one set of held-out shards; its images are embedded once for all figures."""
+
+    loader: Loader
+    zero_shot: ZeroShot
+    retrieval: Retrieval
+
+    def __call__(self, model: TwoTower) -> dict[str, float]:
+        """Return `zero_shot/top1`, ..., `retrieval/i2t_r1`, ..."""
+        embedded = embed_images(model, self.loader)
+        return {**self.zero_shot(model, embedded), **self.retrieval(model, embedded)}
+
+
+def train(recipe: Recipe, out: str | Path | None = None) -> Run:
+    """Train a recipe, or go on with the run that its folder already holds.
+
+    Args:
+        recipe: what to train.
+        out: the run's folder; `runs/NAME` unless given.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe, or a setting does not fit the data.
+        UniclError: what stopped the run, in one line.
+    """
+    folder = Path(out) if out is not None else Path("runs") / recipe.name
+    _claim(folder, recipe)
+    return build_trainer(recipe, folder).fit()
+
+
+def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
+    """Build the trainer of a run."""
+    if not recipe.data.train:
+        raise UsageError(
+            "data.train is not set; `unicl prepare SOURCE --out DIR` makes such a folder"
+        )
+    device = choose_device(recipe.trainer.device)
+    torch.manual_seed(recipe.trainer.seed)
+    model = build_model(recipe).to(device)
+    return Trainer(
+        Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile),
+        build_train_loader(recipe),
+        folder,
+        config=recipe.trainer,
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        evaluators=build_evaluators(recipe),
+    )
+
+
+def build_model(recipe: Recipe) -> TwoTower:
+    """Build the two towers with fresh weights, drawn from torch's global generator."""
+    image, text = recipe.image_tower, recipe.text_tower
+    return TwoTower(
+        ImageTower(
+            image.model,
+            embed_dim=recipe.embed_dim,
+            image_size=image.image_size,
+            window_size=image.window_size,
+            drop_path_rate=image.drop_path_rate,
+            layer_scale=image.layer_scale,
+            checkpointing=image.checkpointing,
+            weights=Path(image.weights) if image.weights else None,
+        ),
+        TextTower(
+            width=text.width,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            mlp_width=text.mlp_width,
+            context_length=text.context_length,
+            embed_dim=recipe.embed_dim,
+            causal=text.causal,
+            checkpointing=text.checkpointing,
+        ),
+        initial_scale=recipe.loss.initial_scale,
+        max_scale=recipe.loss.max_scale,
+    )
+
+
+def build_train_loader(recipe: Recipe) -> Loader:
+    """Build the endless, reproducible stream of training batches."""
+    data, seed = recipe.data, recipe.trainer.seed
+    shards = ShardSet.open(Path(data.train))
+    return Loader(
+        shards,
+        SampleOrder(shards.shard_sizes, seed=seed, window=data.shuffle_window),
+        transform=TrainTransform(
+            recipe.image_tower.image_size,
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            flip=data.flip,
+        ),
+        tokenize=build_tokenizer(recipe),
+        prompts=PromptSampler(data.templates, short_text_words=data.short_text_words, seed=seed),
+        batch_size=recipe.trainer.batch_size,
+        num_workers=data.num_workers,
+        seed=seed,
+        max_image_pixels=data.max_image_pixels,
+        max_skipped_share=data.max_skipped_share,
+    )
+
+
+def build_eval_loader(recipe: Recipe, folder: Path) -> Loader:
+    """Build one ordered, unaugmented pass over a folder of shards."""
+    shards = ShardSet.open(folder)
+    data = recipe.data
+    return Loader(
+        shards,
+        SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
+        transform=EvalTransform(recipe.image_tower.image_size),
+        tokenize=build_tokenizer(recipe),
+        prompts=PromptSampler("none", short_text_words=0, seed=0),
+        batch_size=recipe.evaluation.batch_size,
+        num_workers=data.num_workers,
+        seed=0,
+        max_image_pixels=data.max_image_pixels,
+        max_skipped_share=data.max_skipped_share,
+    )
+
+
+def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    """Build the function from texts to tokens of the text tower's context length."""
+    return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
+
+
+def build_evaluators(recipe: Recipe) -> list[HeldOut]:
+    """Build what a recipe's held-out shards are measured with; none where it names no such data."""
+    if recipe.evaluation.data is None:
+        return []
+    return [build_held_out(recipe)]
+
+
+def build_held_out(recipe: Recipe) -> HeldOut:
+    """Build the evaluation of a recipe's held-out shards: zero-shot and retrieval.
+
+    Raises:
+        UsageError: the recipe names no held-out data, or the folder holds none.
+    """
+    evaluation = recipe.evaluation
+    if evaluation.data is None:
+        raise UsageError("evaluation.data is not set; there is nothing to evaluate on")
+    folder = Path(evaluation.data)
+    loader = build_eval_loader(recipe, folder)
+    table = ShardSet.open(Path(evaluation.names) if evaluation.names else folder).table()
+    names = [text for text in table.texts if text.strip()]
+    zero_shot = ZeroShot(
+        loader,
+        names,
+        TEMPLATES[evaluation.templates],
+        build_tokenizer(recipe),
+        labels=[table.label(name, "") for name in names],
+        short_text_words=recipe.data.short_text_words,
+        batch_size=evaluation.batch_size,
+    )
+    retrieval = Retrieval(loader, build_tokenizer(recipe), batch_size=evaluation.batch_size)
+    return HeldOut(loader, zero_shot, retrieval)
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto" into a GPU where there is one, and refuse a GPU where there is none."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UsageError("trainer.device is cuda, but torch sees no GPU; use cpu or auto")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
+    """Load the model of a run's best checkpoint, or of its newest if it kept no best.
+
+    Nothing is unpickled.
+
+    Args:
+        path: the run's folder, or one checkpoint inside of it.
+
+    Raises:
+        UniclError: there is no such run or checkpoint, or it is damaged.
+    """
+    path = Path(path)
+    run = path.parent.parent if path.name.startswith("step-") else path
+    recipe = read_recipe(run)
+    if run == path:
+        found = checkpoints(run / "checkpoints")
+        if not found:
+            raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
+        best = load_state(found[-1])["best"]
+        wanted = run / "checkpoints" / f"step-{best[1]:08d}" if best else found[-1]
+        path = wanted if wanted in found else found[-1]
+    model = build_model(recipe)
+    load_weights(path / "model.safetensors", model)
+    return model.eval(), recipe
+
+
+def read_recipe(run: Path) -> Recipe:
+    """Read the full configuration that a run's folder holds."""
+    path = run / "recipe.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UniclError(f"{run} is not a run: cannot read {path}: {error.strerror}") from error
+    return parse_recipe(text, source=str(path))
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's run, or check that it is."""
+    path = folder / "recipe.toml"
+    if path.exists():
+        differing = _differences(read_recipe(folder), recipe)
+        if differing:
+            raise UsageError(
+                f"{folder} holds a run with another {', '.join(differing[:3])}; "
+                f"choose another --out, or remove that folder"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and not a run; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    partial.replace(path)
+
+
+def _differences(old: object, new: object, prefix: str = "") -> list[str]:
+    keys = []
+    for item in fields(old):  # type: ignore[arg-type]
+        before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
+        if is_dataclass(before):
+            keys += _differences(before, after, f"{key}.")
+        elif before != after and key not in _FREE_ON_RESUME:
+            keys.append(key)
+    return keys

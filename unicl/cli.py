@@ -1,0 +1,153 @@
+"""The command line: one line for a mistake, exit code 2 for usage and 1 for failure.
+
+Imports no torch until a command needs it, so that `unicl --help` answers at once.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+import unicl
+from unicl.config import Recipe, load_recipe, recipe_names
+from unicl.errors import UniclError, UsageError
+
+logger = logging.getLogger("unicl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a user's mistake never ends in a traceback."""
+    _log_to_stderr()
+    try:
+        words, overrides = _split(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(words)
+        if overrides and not arguments.takes_overrides:
+            raise UsageError(f"--{next(iter(overrides))} is no option here; see unicl --help")
+        arguments.run(arguments, overrides)
+    except UniclError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", UniclError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="unicl", description=unicl.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"unicl {unicl.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole job on the embedded corpus, ending in a report to look at",
+        description="Prepare the Twemoji corpus, train, evaluate, write report.html. "
+        "Any key of the recipe can be set: --trainer.steps 200.",
+        allow_abbrev=False,
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
+    demo.add_argument(
+        "--compare-clip",
+        action="store_true",
+        help="train once more with plain CLIP targets, and show both in the report",
+    )
+    demo.set_defaults(run=_demo, takes_overrides=True)
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="turn a folder, a CSV or the embedded corpus into shards",
+        description="Write WebDataset shards, an index per shard and the text hash table.",
+        allow_abbrev=False,
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder with one folder of images per class, a .csv or .tsv with image paths "
+        "and captions, a folder of WebDataset tars, or twemoji",
+    )
+    prepare.add_argument("--out", type=Path, help="folder to write; tars are indexed in place")
+    prepare.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
+    prepare.set_defaults(run=_prepare, takes_overrides=False)
+
+    train = commands.add_parser(
+        "train",
+        help="train a recipe, or go on with a run",
+        description="Train a recipe; a folder that holds the same recipe's run is continued. "
+        f"Shipped recipes: {', '.join(recipe_names())}. "
+        "Any key can be set on the command line: --trainer.steps 200.",
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    train.set_defaults(run=_train, takes_overrides=True)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.demo import run_demo
+
+    run_demo(arguments.out, overrides=overrides, compare_clip=arguments.compare_clip)
+
+
+def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.data.prepare import prepare
+
+    prepared = prepare(
+        arguments.source, arguments.out, samples_per_shard=arguments.samples_per_shard
+    )
+    logger.info("%s", prepared)
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    recipe = load_recipe(arguments.recipe, overrides)
+    from unicl.build import train
+
+    run = train(recipe, arguments.out)
+    logger.info("finished at step %d: %s", run.step, run.path)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Part the recipe's keys (`--a.b VALUE`, `--a.b=VALUE`) from a command's own options."""
+    top_level = {field.name for field in fields(Recipe)}
+    plain, overrides = [], {}
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not ("." in key or key in top_level):
+            plain.append(word)
+            continue
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise UsageError(f"--{key} needs a value")
+            value = following
+        overrides[key] = value
+    return plain, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, through the same door as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _fail(message: str, code: int) -> int:
+    logger.error("unicl: error: %s", " ".join(message.split()))
+    return code
+
+
+def _log_to_stderr() -> None:
+    """Write messages as plain lines; looked up at each line, so that a progress bar stays below."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            sys.stderr.write(self.format(record) + "\n")
+
+    logger.handlers = [Handler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,62 @@
+"""Pretraining as a task: two towers under the UniCL loss (Florence 2.2)."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unicl.engine.task import TaskInputs
+from unicl.loss import unicl_loss
+from unicl.towers.text import deduplicate
+from unicl.towers.two_tower import TwoTower
+
+
+class Pretraining:
+    """Image-text batches into the bidirectional supervised contrastive loss.
+
+    Args:
+        model: the two towers.
+        targets: "unicl" takes samples with equal labels as positives of each other, "clip" only
+            an image and its own text.
+        tile: rows and columns of the logits that exist at one time.
+    """
+
+    def __init__(
+        self, model: TwoTower, *, targets: Literal["unicl", "clip"] = "unicl", tile: int = 2048
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.tile = tile
+
+    def inputs(self, batch: Any) -> TaskInputs:
+        """Lay out images, unique texts, and the labels that tie them together."""
+        texts, inverse = deduplicate(batch.tokens)
+        labels = batch.labels
+        if self.targets == "clip":
+            labels = torch.arange(len(labels), device=labels.device)
+        return TaskInputs(
+            towers={"image": batch.images, "text": texts},
+            context={"labels": labels, "inverse": inverse},
+        )
+
+    def encode(self, tower: str, rows: Tensor) -> Tensor:
+        """Encode images [n, 3, h, w] or tokens [n, context] into unit embeddings [n, dim]."""
+        return self.model.encode_image(rows) if tower == "image" else self._encode_text(rows)
+
+    def loss(
+        self, embeddings: dict[str, Tensor], context: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss over the whole batch, and the scale it was computed with."""
+        scale = self.model.scale()
+        loss = unicl_loss(
+            embeddings["image"],
+            embeddings["text"][context["inverse"]],
+            context["labels"],
+            scale,
+            tile=self.tile,
+        )
+        return loss, {"scale": scale.detach()}
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        # Already unique; trimming happens per chunk, to the longest text of the chunk.
+        return self.model.encode_text(tokens, deduplicated=True)

@@ -1,0 +1,177 @@
+"""The image tower: any timm model, pooled, and a linear projection (Florence, section 2.3)."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+import cosswin  # also registers coswin_* with timm
+from unicl.errors import UniclError, UsageError
+
+# What timm's models call the initial LayerScale.
+_LAYER_SCALE = ("layer_scale", "init_values", "ls_init_value")
+
+
+class ImageTower(nn.Module):
+    """Images into image features: backbone, pooling, projection.
+
+    Args:
+        model: Name of a CoSwin or any other timm model.
+        embed_dim: Width of the features that come out.
+        image_size: Side of the square input in pixels; models that take any size ignore it.
+        window_size: Side of the attention windows; unset takes the model's own.
+        drop_path_rate: Stochastic depth of the last block.
+        layer_scale: Initial LayerScale; unset takes the model's own.
+        checkpointing: Recompute activations in the backward pass.
+        weights: A safetensors file with weights of the backbone, or of a whole run's model.
+
+    Raises:
+        UsageError: Unknown model, a setting that it does not have, or weights that do not fit.
+    """
+
+    backbone: Any  # timm's models share conventions, but no type
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        embed_dim: int = 512,
+        image_size: int = 224,
+        window_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        layer_scale: float | None = None,
+        checkpointing: bool = False,
+        weights: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.backbone = _build_backbone(
+            model,
+            img_size=image_size,
+            window_size=window_size,
+            drop_path_rate=drop_path_rate,
+            layer_scale=layer_scale,
+        )
+        if weights is not None:
+            load_backbone(self.backbone, weights)
+        if checkpointing:
+            self.set_grad_checkpointing()
+        # num_features is the width before a head's own layers (MobileNetV3), this is after them.
+        width = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            buffer = 255 * torch.tensor(values)[:, None, None]
+            self.register_buffer(name, buffer, persistent=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass, or keep them."""
+        try:
+            self.backbone.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError):  # how timm's models say no
+            raise _without_effect("checkpointing", self.model) from None
+
+    def forward(
+        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+    ) -> Float[Tensor, "batch embed_dim"]:
+        """Return image features; bytes are normalised first, floats are taken as they are."""
+        if not images.is_floating_point():
+            images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+        return self.projection(self.backbone(images))
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Load a backbone's weights, carried to its window and resolution where its family can do that.
+
+    A classifier in the file is left out. Weights of a whole two-tower model give their image tower.
+
+    Raises:
+        UsageError: The file is not safetensors, cannot be read, or does not fit.
+        UniclError: The file is damaged.
+    """
+    weights = _read_safetensors(path)
+    prefix = "image.backbone."
+    if any(name.startswith(prefix) for name in weights):
+        weights = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+    try:
+        weights = _carry(weights, backbone)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} does not fit image_tower.model: {error}") from error
+    target = backbone.state_dict()
+    odd = sorted(
+        weights.keys() ^ target.keys()
+        | {k for k in weights.keys() & target.keys() if weights[k].shape != target[k].shape}
+    )
+    if odd:
+        what = "missing" if odd[0] not in weights else "unknown or of another shape"
+        raise UsageError(
+            f"{path} does not fit image_tower.model: {odd[0]} is {what} ({len(odd)} in all); "
+            "give the model that the weights were trained as"
+        )
+    backbone.load_state_dict(weights)
+
+
+def _build_backbone(model: str, **settings: Any) -> nn.Module:
+    if not timm.is_model(model):
+        nearest = difflib.get_close_matches(model, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "see timm.list_models()"
+        raise UsageError(f"image_tower.model names no timm model: {model}; {hint}")
+    chosen = {name for name in settings if name != "img_size" and settings[name]}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    spelling = {name: [name] for name in settings} | {"layer_scale": list(_LAYER_SCALE)}
+    while True:
+        arguments = {spelling[name][0]: value for name, value in settings.items()}
+        try:
+            return timm.create_model(model, pretrained=False, num_classes=0, **arguments)
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            names = [n for n in settings if refused and spelling[n][0] == refused[1]]
+            if not names:
+                raise
+        (name,) = names
+        if len(spelling[name]) > 1:
+            spelling[name].pop(0)
+        elif name in chosen:
+            raise _without_effect(name, model)
+        else:
+            del settings[name]
+
+
+def _without_effect(setting: str, model: str) -> UsageError:
+    return UsageError(f"image_tower.{setting} has no effect on {model}; leave it out")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"image_tower.weights must be a .safetensors file, got {path}; convert it where you "
+            "trust it: safetensors.torch.save_file(torch.load(...), 'weights.safetensors')"
+        )
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UsageError(f"cannot read image_tower.weights {path}: {error.strerror}") from error
+    except SafetensorError as error:
+        raise UniclError(f"{path} is damaged: {error}; fetch or write it again") from error
+
+
+def _carry(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    if isinstance(backbone, cosswin.CoSwin):
+        return cosswin.carry_weights(weights, backbone)
+    # By timm's convention a family's module says how its weights are carried over.
+    carry = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    weights = carry(weights, backbone) if carry else weights
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    return {k: w for k, w in weights.items() if not k.startswith(tuple(f"{h}." for h in heads))}
