@@ -50,6 +50,7 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
     keys = {
         **small_recipe(write_corpus(tmp_path / "train")),
         "data.num_workers": "1",
+        "trainer.precision": "bf16",
         "trainer.steps": str(STEPS),
         "trainer.save_every": "3",
         "trainer.log_every": "4",
