@@ -15,8 +15,8 @@ from PIL import Image
 
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15
-SIZES = (0.55, 0.95)
-MAX_ROTATION = 20.0
+SIZES = (0.7, 1.0)
+MAX_ROTATION = 15.0
 
 
 class Stream:
