@@ -94,11 +94,15 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from unicl.data.prepare import prepare
+    from unicl.data.prepare import prepare, progress_bar
 
-    prepared = prepare(
-        arguments.source, arguments.out, samples_per_shard=arguments.samples_per_shard
-    )
+    with progress_bar(arguments.source) as progress:
+        prepared = prepare(
+            arguments.source,
+            arguments.out,
+            samples_per_shard=arguments.samples_per_shard,
+            progress=progress,
+        )
     logger.info("%s", prepared)
 
 

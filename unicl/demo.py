@@ -14,7 +14,7 @@ from rich.table import Table
 
 from unicl.build import HeldOut, build_held_out, load_model, train
 from unicl.config import Recipe, load_recipe
-from unicl.data.prepare import is_finished, prepare
+from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import ShardSet
 from unicl.data.twemoji import HELD_OUT_KINDS
 from unicl.engine.metrics import read_metrics
@@ -64,7 +64,8 @@ def run_demo(
     data = folder / "data"
     if not is_finished(data):
         logger.info("drawing the corpus into %s", data)
-        prepare("twemoji", data, samples_per_shard=2000)
+        with progress_bar("drawing") as progress:
+            prepare("twemoji", data, samples_per_shard=2000, progress=progress)
     recipe = load_recipe("demo", {**_data_keys(data), **(overrides or {})})
     run = train(recipe, folder / "unicl")
     examiner = build_held_out(recipe)

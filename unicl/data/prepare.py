@@ -52,6 +52,15 @@ class Prepared:
         return text
 
 
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Show a bar on a terminal while `prepare` runs; pass what it yields as `progress`."""
+    console = Console(stderr=True)
+    with Bar(console=console, disable=not console.is_terminal, transient=True) as bar:
+        line = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)
+
+
 def is_finished(out: Path) -> bool:
     """Say whether `prepare` has run to its end in a folder."""
     return not (out / _MARKER).exists() and any(

@@ -1,0 +1,90 @@
+"""Every command and every piece of code in the README runs, in the order it stands there."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unicl.corpus import COLOURS, png
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# The demo in seconds: the same path, fewer steps.
+SHORT = "--trainer.steps 3 --trainer.batch_size 32 --schedule.warmup_steps 1"
+    "--trainer.steps 3 --trainer.batch_size 32 --trainer.eval_every none --schedule.warmup_steps 1"
+)
+
+
+def blocks():
+    return BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def stand_in(command):
+    """What a test runs instead of a command that installs, downloads or takes minutes."""
+    if command.startswith("git clone"):
+        return f"git clone --quiet {shlex.quote(str(ROOT))} clone"
+    if command == "make demo":
+        return f"make --dry-run demo -C {shlex.quote(str(ROOT))} && unicl demo {SHORT}"
+    if command == "make test":
+        return f"make --dry-run test -C {shlex.quote(str(ROOT))}"
+    return command
+
+
+def run(words, folder, **kwargs):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, check=False, **kwargs
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for number, colour in enumerate(COLOURS):
+        folder = tmp_path / "photos" / colour
+        folder.mkdir(parents=True)
+        for copy in range(4):
+            (folder / f"{copy}.png").write_bytes(png(colour, 10 * number + copy))
+    kinds = []
+    for kind, text in blocks():
+        kinds.append(kind)
+        if kind == "bash":
+            for command in filter(None, re.sub(r"\\\n", " ", text).splitlines()):
+                run(["bash", "-c", stand_in(command)], tmp_path)
+        elif kind == "python":
+            run([sys.executable, "-c", text], tmp_path)
+    assert kinds.count("bash") >= 3
+    assert kinds.count("python") >= 2
+    report = (tmp_path / "runs" / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "Twemoji, copyright Twitter" in report
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    (tree,) = (text for kind, text in blocks() if kind == "text" and "cosswin/" in text)
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name
+            assert folder.is_dir(), name
+        else:
+            assert (folder / name).exists(), name
+
+
+def test_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:unicl|cosswin|benchmarks|tests)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
