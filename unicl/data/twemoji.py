@@ -170,7 +170,7 @@ class Twemoji:
     splits = ("train", "held_out")
 
     def __init__(
-        self, *, compositions: int = 12, size: int = 64, num_processes: int | None = None
+        self, *, compositions: int = 16, size: int = 64, num_processes: int | None = None
     ) -> None:
         for what, value in (("compositions", compositions), ("size", size)):
             if value < 1:
