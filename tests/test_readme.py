@@ -16,8 +16,6 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # The demo in seconds: the same path, fewer steps.
 SHORT = "--trainer.steps 3 --trainer.batch_size 32 --schedule.warmup_steps 1"
-    "--trainer.steps 3 --trainer.batch_size 32 --trainer.eval_every none --schedule.warmup_steps 1"
-)
 
 
 def blocks():

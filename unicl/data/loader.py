@@ -217,8 +217,9 @@ class Loader:
         atexit.register(close)
         try:
             yield from pieces
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A worker that dies while it hands something over breaks the connection first.
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             cause = " ".join(str(error).split())
             raise UniclError(

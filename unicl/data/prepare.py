@@ -1,10 +1,13 @@
 """From a source to folders of shards: what `unicl prepare` does (Florence, section 2.1)."""
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as Bar
 
 from unicl.data.atomic import PARTIAL_PREFIX, write_error
 from unicl.data.hash_table import COLLISIONS_FILE, TEXTS_FILE

@@ -1,0 +1,83 @@
+"""`python -m benchmarks`: lists the benchmarks, runs one or all, writes the README's table."""
+
+import argparse
+import ast
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import NAMES
+from benchmarks.harness import ROOT, OtherLoad
+from benchmarks.record import RESULTS, save, show
+from benchmarks.table import write_table
+from unicl.errors import UniclError, UsageError
+
+# A whole training run, or the figures of one that was made before: only when asked for.
+_NOT_IN_ALL = ("demo",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", nargs="?", help=f"all, table, or one of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest sizes; shows the figures, keeps none"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the JSON (default: with the code)")
+    parser.add_argument("--run", type=Path, help="demo: the folder of a finished `unicl demo`")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.name is None:
+            _list()
+        elif arguments.name == "table":
+            write_table(ROOT / "benchmarks" / "README.md", RESULTS)
+        else:
+            _run(arguments)
+    except UniclError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.name not in (*NAMES, "all"):
+        raise UsageError(f"no benchmark {arguments.name!r}; there are {', '.join(NAMES)}")
+    if arguments.run is not None and arguments.name != "demo":
+        raise UsageError("--run belongs to the demo benchmark")
+    names = [name for name in NAMES if name not in _NOT_IN_ALL]
+    for name in names if arguments.name == "all" else [arguments.name]:
+        module = importlib.import_module(f"benchmarks.{name}")
+        options = {"run": arguments.run} if arguments.run is not None else {}
+        start, other_load = time.perf_counter(), OtherLoad()
+        result = module.measure(quick=arguments.quick, **options)
+        seconds, share = time.perf_counter() - start, other_load.share()
+        show(question(name), result)
+        print(f"{name}: {seconds:.0f} s; others kept {share:.0%} of the machine busy")
+        folder = arguments.out or (None if arguments.quick else RESULTS)
+        if folder is not None:
+            kept = {"quick": arguments.quick, "folder": folder, "other_load": share}
+            save(name, question(name), result, **kept)
+
+
+def question(name: str) -> str:
+    """Return the first line of a benchmark's docstring, without importing what it imports."""
+    source = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+
+
+def _list() -> None:
+    table = Table(box=None)
+    table.add_column("name")
+    table.add_column("question")
+    for name in NAMES:
+        table.add_row(name, question(name) + (" (not in all)" if name in _NOT_IN_ALL else ""))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Every benchmark runs on its smallest sizes; what it finds there means nothing."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import NAMES, captions
+from benchmarks.__main__ import main, question
+
+
+def run_quick(name: str, folder: Path, *options: str) -> dict:
+    assert main([name, "--quick", "--out", str(folder), *options]) == 0
+    record = json.loads((folder / f"{name}.json").read_text())
+    assert record["quick"] is True
+    return record
+
+
+@pytest.mark.slow
+def test_loss(tmp_path):
+    record = run_quick("loss", tmp_path)
+    assert len(record["bars"]) == 2
+    assert record["facts"]["largest_gradient_difference"] < 1e-4
+    (rows, _) = record["tables"].values()
+    assert all(row["unicl_loss_mib"] < row["ClipLoss_mib"] for row in rows)
+
+
+def test_text(tmp_path):
+    record = run_quick("text", tmp_path)
+    assert record["facts"]["largest_embedding_difference"] < 1e-5
+    assert record["facts"]["largest_gradient_difference"] < 1e-4
+    assert record["facts"]["tokens_of_the_longest_text"] < record["facts"]["context"]
+    assert [bar["limit"] for bar in record["bars"]] == [3.0]
+
+
+def test_coswin(tmp_path):
+    record = run_quick("coswin", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [1.0, 1.0]
+    facts = record["facts"]
+    assert 1.04 < facts["coswin_tiny_gflops"] / facts["swin_tiny_patch4_window7_224_gflops"] < 1.07
+
+
+def test_step(tmp_path):
+    record = run_quick("step", tmp_path)
+    own, peer = record["facts"]["fp32_first_losses"]
+    assert own == pytest.approx(peer, abs=2e-3)
+    assert record["facts"]["text_share_of_our_flops"] < 0.5
+
+
+@pytest.mark.slow
+def test_gradient_cache(tmp_path):
+    record = run_quick("gradient_cache", tmp_path)
+    assert len(record["bars"]) == 2
+    memory, _ = record["tables"].values()
+    assert [(row["batch"], row["chunk"]) for row in memory] == [
+        (32, 32),
+        (64, 32),
+        (64, "uncached"),
+    ]
+
+
+def test_cli(tmp_path):
+    record = run_quick("cli", tmp_path)
+    rows = {row["command"]: row["median"] for row in record["tables"]["Seconds of a process"]}
+    assert rows["unicl --help"] > rows["python -c pass"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_loader(tmp_path):
+    record = run_quick("loader", tmp_path)
+    assert [bar["reached"] for bar in record["bars"]] == [None, None]
+    (rows,) = record["tables"].values()
+    assert [row["image_size"] for row in rows] == [224, 224, 48, 48]
+    gc.collect()  # webdataset leaves its tar open until then
+
+
+def test_demo_reads_a_finished_run(tmp_path):
+    run = tmp_path / "run"
+    (run / "unicl").mkdir(parents=True)
+    rows = [
+        {"step": 10, "zero_shot/top1": 0.75, "zero_shot/top5": 0.92, "retrieval/i2t_r1": 0.5},
+        {"step": 15, "train/samples_per_second": 900.0},
+        {"step": 20, "zero_shot/top1": 0.71, "zero_shot/top5": 0.95, "retrieval/i2t_r1": 0.4},
+    ]
+    metrics = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "unicl" / "metrics.jsonl").write_text(metrics)
+    (run / "report.html").write_text("<tr><td>Whole job</td><td>6.5 minutes</td></tr>")
+    record = run_quick("demo", tmp_path, "--run", str(run))
+    assert [(bar["measured"], bar["reached"]) for bar in record["bars"]] == [
+        (6.5, True),
+        (75.0, True),
+        (92.0, True),
+    ]
+    assert record["facts"] == {
+        "steps": 20,
+        "step_of_the_best_checkpoint": 10,
+        "top1_of_the_last_step": 0.71,
+        "top5_of_the_last_step": 0.95,
+        "median_samples_per_second": 900.0,
+    }
+
+
+def test_demo_refuses_an_unfinished_run(tmp_path, capsys):
+    assert main(["demo", "--run", str(tmp_path)]) == 2
+    assert "holds no finished demo" in capsys.readouterr().err
+
+
+def test_an_unknown_benchmark_is_refused(capsys):
+    assert main(["spead"]) == 2
+    assert "no benchmark 'spead'; there are loss, text" in capsys.readouterr().err
+
+
+def test_run_belongs_to_the_demo(capsys, tmp_path):
+    assert main(["loss", "--run", str(tmp_path)]) == 2
+    assert "--run belongs to the demo" in capsys.readouterr().err
+
+
+def test_the_list_asks_every_question(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in NAMES)
+    assert all(question(name).endswith("?") for name in NAMES)
+
+
+def test_captions_are_short_differ_and_repeat_exactly():
+    drawn = captions.draw_captions(64)
+    assert drawn == captions.draw_captions(64)
+    assert drawn != captions.draw_captions(64, seed=1)
+    facts = captions.describe(captions.draw_tokens(64))
+    assert 0.8 < facts["unique_texts"] / facts["texts"] <= 1
+    assert facts["mean_tokens"] < facts["tokens_of_the_longest_text"] < 30
