@@ -14,6 +14,12 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _require_positive(config: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{section}.{name} must be positive, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
     """The image side: a backbone and a linear projection."""
@@ -63,6 +69,7 @@ class TextTowerConfig:
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "text_tower", "width", "num_layers", "num_heads", "mlp_width")
         _require(
             self.width % self.num_heads == 0,
             f"text_tower.num_heads must divide the width {self.width}, got {self.num_heads}",
@@ -87,7 +94,7 @@ class LossConfig:
     """Rows and columns of the logits that exist at one time; the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        _require(self.tile > 0, f"loss.tile must be positive, got {self.tile}")
+        _require_positive(self, "loss", "tile")
         _require(
             0 < self.initial_scale <= self.max_scale,
             f"loss.initial_scale must lie in (0, {self.max_scale}], got {self.initial_scale}",
@@ -119,6 +126,21 @@ class DataConfig:
     max_skipped_share: float = 0.1
     """The run stops when more than this share of the samples read so far was skipped."""
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "shuffle_window", "max_image_pixels")
+        for name in ("short_text_words", "num_workers"):
+            _require(getattr(self, name) >= 0, f"data.{name} must not be negative")
+        low, high = self.crop_scale
+        _require(
+            0 < low <= high <= 1, f"data.crop_scale must rise within (0, 1], got {low}, {high}"
+        )
+        low, high = self.crop_ratio
+        _require(0 < low <= high, f"data.crop_ratio must rise above 0, got {low}, {high}")
+        _require(
+            0 <= self.max_skipped_share <= 1,
+            f"data.max_skipped_share must lie in [0, 1], got {self.max_skipped_share}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -135,6 +157,17 @@ class OptimizerConfig:
     clip_grad_norm: float | None = 1.0
     """The gradient is scaled down to at most this norm; unset does not clip."""
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer", "learning_rate", "eps", "clip_grad_norm")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas must lie in [0, 1), got {self.betas[0]}, {self.betas[1]}",
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -144,6 +177,10 @@ class ScheduleConfig:
     """Steps of linear warm-up from 0 to the peak rate."""
     final_learning_rate: float = 0.0
     """Rate at the last step."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "final_learning_rate"):
+            _require(getattr(self, name) >= 0, f"schedule.{name} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +213,13 @@ class TrainerConfig:
     """Steps with a non-finite loss or gradient to skip before the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep_last"):
-            value = getattr(self, name)
-            _require(value > 0, f"trainer.{name} must be positive, got {value}")
-        for name in ("chunk", "eval_every"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"trainer.{name} must be positive, got {value}")
+        _require_positive(
+            self,
+            "trainer",
+            *("steps", "batch_size", "chunk"),
+            *("log_every", "eval_every", "save_every", "keep_last"),
+        )
+        _require(self.max_nonfinite >= 0, "trainer.max_nonfinite must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +234,9 @@ class EvaluationConfig:
     """Prompt ensemble of the zero-shot classifier."""
     batch_size: int = 256
     """Images or texts per forward pass."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "evaluation", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +265,6 @@ class Recipe:
     """The trainer."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.embed_dim > 0, f"embed_dim must be positive, got {self.embed_dim}")

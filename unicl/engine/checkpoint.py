@@ -94,7 +94,8 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((path / "state.json").read_text()))
     except (OSError, ValueError) as error:
-        raise UniclError(f"cannot read {path / 'state.json'}: {_reason(error)}") from error
+        path = path / "state.json"
+        raise UniclError(f"cannot read {path}: {_reason(error)}; {_way_out(path)}") from error
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -164,9 +165,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UniclError(f"{path} is missing") from None
+        raise UniclError(f"{path} is missing; {_way_out(path)}") from None
     except (OSError, SafetensorError) as error:
-        raise UniclError(f"cannot read {path}: {_reason(error)}") from error
+        raise UniclError(f"cannot read {path}: {_reason(error)}; {_way_out(path)}") from error
+
+
+def _way_out(path: Path) -> str:
+    return f"remove {path.parent} to go on from the checkpoint before it"
 
 
 def _flush(path: Path) -> None:
