@@ -68,8 +68,11 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         UniclError: what stopped the run, in one line.
     """
     folder = Path(out) if out is not None else Path("runs") / recipe.name
+    _check_free(folder, recipe)
+    # Built before anything is written: a mistake in the recipe must not occupy the folder.
+    trainer = build_trainer(recipe, folder)
     _claim(folder, recipe)
-    return build_trainer(recipe, folder).fit()
+    return trainer.fit()
 
 
 def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
@@ -241,22 +244,31 @@ def read_recipe(run: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UniclError(f"{run} is not a run: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UniclError(f"{path} is damaged: it is not UTF-8 text") from error
     return parse_recipe(text, source=str(path))
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's run, or check that it is."""
-    path = folder / "recipe.toml"
-    if path.exists():
+def _check_free(folder: Path, recipe: Recipe) -> None:
+    """Check that the folder is this recipe's run, or can become it."""
+    if checkpoints(folder / "checkpoints"):
         differing = _differences(read_recipe(folder), recipe)
         if differing:
             raise UsageError(
                 f"{folder} holds a run with another {', '.join(differing[:3])}; "
                 f"choose another --out, or remove that folder"
             )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.toml").exists():
         raise UsageError(f"{folder} is not empty and not a run; choose another --out")
+    elif folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; choose another --out")
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into the folder, unless it holds the run already."""
+    path = folder / "recipe.toml"
+    if checkpoints(folder / "checkpoints"):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(recipe_to_toml(recipe), encoding="utf-8")

@@ -103,6 +103,13 @@ def test_a_mistake_in_a_recipe_names_the_thing(corpus, tmp_path, overrides, mess
         train(recipe_for(corpus, **overrides), tmp_path / "run")
 
 
+def test_a_mistake_does_not_occupy_the_folder(corpus, tmp_path):
+    with pytest.raises(UsageError, match="nowhere"):
+        train(recipe_for(corpus, data__train=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(recipe_for(corpus, trainer__steps="1"), tmp_path / "run").step == 1
+
+
 def test_loading_what_is_not_a_run_says_so(corpus, tmp_path):
     with pytest.raises(UniclError, match="is not a run"):
         load_model(tmp_path)

@@ -40,8 +40,10 @@ class ImageTowerConfig:
     """A safetensors file with backbone weights to start from."""
 
     def __post_init__(self) -> None:
+        _require_positive(self, "image_tower", "window_size")
         _require(
-            self.image_size > 0, f"image_tower.image_size must be positive, got {self.image_size}"
+            self.image_size >= 8,
+            f"image_tower.image_size must be at least 8 pixels, got {self.image_size}",
         )
         _require(
             0 <= self.drop_path_rate < 1,
@@ -218,6 +220,9 @@ class TrainerConfig:
             "trainer",
             *("steps", "batch_size", "chunk"),
             *("log_every", "eval_every", "save_every", "keep_last"),
+        )
+        _require(
+            0 <= self.seed < 2**32, f"trainer.seed must lie in [0, 4294967296), got {self.seed}"
         )
         _require(self.max_nonfinite >= 0, "trainer.max_nonfinite must not be negative")
 

@@ -92,7 +92,10 @@ def load_checkpoint(
 def load_state(path: Path) -> dict[str, Any]:
     """Read a checkpoint's `state.json`."""
     try:
-        return dict(json.loads((path / "state.json").read_text()))
+        state = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict) or "step" not in state:
+            raise ValueError("it does not hold a training state")
+        return state
     except (OSError, ValueError) as error:
         path = path / "state.json"
         raise UniclError(f"cannot read {path}: {_reason(error)}; {_way_out(path)}") from error

@@ -8,6 +8,7 @@ from unicl.engine import checkpoint
 from unicl.engine.checkpoint import (
     checkpoints,
     load_checkpoint,
+    load_state,
     load_weights,
     prune_checkpoints,
     save_checkpoint,
@@ -64,6 +65,14 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     path.unlink()
     with pytest.raises(UniclError, match=r"model\.safetensors is missing"):
         load_weights(path, nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "{"])
+def test_a_damaged_state_is_one_line_with_the_way_out(tmp_path, text):
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text(text)
+    with pytest.raises(UniclError, match=r"cannot read .*state\.json: .*; remove .*step-00000001"):
+        load_state(path)
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, monkeypatch):
