@@ -42,8 +42,8 @@ class ImageTowerConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "image_tower", "window_size")
         _require(
-            self.image_size >= 8,
-            f"image_tower.image_size must be at least 8 pixels, got {self.image_size}",
+            self.image_size >= 3,  # what the stem of CoSwin needs
+            f"image_tower.image_size must be at least 3 pixels, got {self.image_size}",
         )
         _require(
             0 <= self.drop_path_rate < 1,

@@ -104,7 +104,8 @@ class TrainTransform:
         # A very long or tall image: the largest crop from its middle that the ratios allow.
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
         widest = min(float(width), height * ratio)
-        return _centre(width, height, widest, widest / ratio)
+        # Rounding may leave the quotient a hair above the height.
+        return _centre(width, height, widest, min(float(height), widest / ratio))
 
 
 class EvalTransform:

@@ -46,7 +46,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
         ("", {"trainer.steps": "0"}, "trainer.steps must be positive, got 0"),
         ("", {"text_tower.num_heads": "7"}, "must divide the width"),
         ("", {"text_tower.num_heads": "0"}, "text_tower.num_heads must be positive"),
-        ("", {"image_tower.image_size": "-1"}, "image_tower.image_size must be at least 8"),
+        ("", {"image_tower.image_size": "-1"}, "image_tower.image_size must be at least 3"),
         ("", {"image_tower.window_size": "0"}, "image_tower.window_size must be positive"),
         ("", {"optimizer.learning_rate": "-1"}, "optimizer.learning_rate must be positive"),
         ("", {"optimizer.learning_rate": "nan"}, "optimizer.learning_rate must be positive"),
