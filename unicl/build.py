@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from unicl.config import Recipe, parse_recipe, recipe_to_toml
+from unicl.data.atomic import atomic_file
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
@@ -270,9 +271,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     if checkpoints(folder / "checkpoints"):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(recipe_to_toml(recipe), encoding="utf-8")
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.write(recipe_to_toml(recipe).encode())
 
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from unicl.data.atomic import atomic_file
+
 logger = logging.getLogger("unicl")
 
 
@@ -51,9 +53,8 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        replacement = self.path.with_suffix(".partial")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        replacement.replace(self.path)
+        with atomic_file(self.path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self.path.open("a")
         self._events = SummaryWriter(folder / "events", purge_step=step + 1)
 
@@ -88,9 +89,7 @@ class StepClock:
     """Samples per second since the last reading, and the time that is left."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._samples = 0
-        self._steps = 0
+        self._restart()
 
     def add(self, samples: int) -> None:
         """Count one step."""
@@ -102,8 +101,13 @@ class StepClock:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rate = self._samples / elapsed
         remaining = steps_left * elapsed / max(self._steps, 1)
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return rate, remaining
+
+    def _restart(self) -> None:
+        self._start = time.perf_counter()
+        self._samples = 0
+        self._steps = 0
 
 
 def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
