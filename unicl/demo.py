@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from unicl.build import HeldOut, build_held_out, load_model, train
+from unicl.build import HeldOut, build_held_out, load_model, read_recipe, train
 from unicl.config import Recipe, load_recipe
 from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import ShardSet
@@ -29,6 +29,7 @@ from unicl.evaluation.report import (
     write_report,
 )
 from unicl.evaluation.zero_shot import ZeroShotResult
+from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
 
@@ -69,16 +70,19 @@ def run_demo(
     recipe = load_recipe("demo", {**_data_keys(data), **(overrides or {})})
     run = train(recipe, folder / "unicl")
     examiner = build_held_out(recipe)
-    outcome, pictures = _examine(run.path, examiner, "UniCL")
+    model, _ = load_model(run.path)
+    outcome, pictures = _examine(model, run.path, examiner, "UniCL")
     comparison = None
     if compare_clip:
         clip = load_recipe(
             "demo", {**_data_keys(data), **(overrides or {}), "loss.targets": "clip"}
         )
-        comparison, _ = _examine(train(clip, folder / "clip").path, examiner, "CLIP targets")
+        peer = train(clip, folder / "clip").path
+        comparison, _ = _examine(load_model(peer)[0], peer, examiner, "CLIP targets")
     path = folder / "report.html"
     minutes = (time.perf_counter() - start) / 60
-    write_report(path, _report(recipe, outcome, comparison, pictures, minutes, data))
+    facts = {**_sizes(model), "Whole job": f"{minutes:.1f} minutes", **_machine()}
+    write_report(path, _report(recipe, outcome, comparison, pictures, facts))
     _print_summary(outcome, comparison)
     logger.info("%.1f minutes; open %s in a browser", minutes, path)
     return path
@@ -100,9 +104,8 @@ class _Pictures:
     queries: list[TextQuery]
 
 
-def _examine(run: Path, examiner: HeldOut, name: str) -> tuple[Outcome, _Pictures]:
+def _examine(model: TwoTower, run: Path, examiner: HeldOut, name: str) -> tuple[Outcome, _Pictures]:
     """Evaluate a run's model and choose the pictures for the report."""
-    model, recipe = load_model(run)
     embedded = embed_images(model, examiner.loader)
     result = examiner.zero_shot.predict(model, embedded)
     splits = [_split("All held-out images", result)]
@@ -116,7 +119,7 @@ def _examine(run: Path, examiner: HeldOut, name: str) -> tuple[Outcome, _Picture
         splits=splits,
         retrieval=examiner.retrieval(model, embedded),
     )
-    images = _images_by_key(Path(recipe.evaluation.data or ""))
+    images = _images_by_key(Path(read_recipe(run).evaluation.data or ""))
     hits = examiner.retrieval.search(model, _QUERIES, 5, embedded)
     queries = [
         TextQuery(
@@ -171,15 +174,9 @@ def _report(
     outcome: Outcome,
     comparison: Outcome | None,
     pictures: _Pictures,
-    minutes: float,
-    data: Path,
+    facts: Mapping[str, str],
 ) -> Report:
-    info = ShardSet.open(data / "train").info
-    model, _ = load_model(data.parent / "unicl")
-    counts = {
-        "Image tower": sum(p.numel() for p in model.image.parameters()),
-        "Text tower": sum(p.numel() for p in model.text.parameters()),
-    }
+    info = ShardSet.open(Path(recipe.data.train)).info
     samples = recipe.trainer.steps * recipe.trainer.batch_size
     return Report(
         title="Florence-style pretraining on Twemoji",
@@ -194,15 +191,23 @@ def _report(
         right=pictures.right,
         wrong=pictures.wrong,
         queries=pictures.queries,
-        facts={
-            **{name: f"{count / 1e6:.2f}M parameters" for name, count in counts.items()},
-            "Whole job": f"{minutes:.1f} minutes",
-            "Machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-            f"Python {platform.python_version()}, torch {torch.__version__}",
-        },
+        facts=facts,
         settings=asdict(recipe),
         credits=[str(info["credit"])],
     )
+
+
+def _sizes(model: TwoTower) -> dict[str, str]:
+    towers = {"Image tower": model.image, "Text tower": model.text}
+    counts = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
+    return {name: f"{count / 1e6:.2f}M parameters" for name, count in counts.items()}
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "Machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    }
 
 
 def _print_summary(outcome: Outcome, comparison: Outcome | None) -> None:
