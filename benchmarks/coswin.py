@@ -24,7 +24,7 @@ def measure(*, quick: bool) -> Result:
     bars, rows = [], []
     for precision in ("fp32", "bf16"):
         sides = {side: _side(model, images, precision) for side, model in models.items()}
-        timings = compare(sides, repeats=1 if quick else 5)
+        timings = compare(sides, repeats=1 if quick else 15)
         gain = ratio(timings["swin"], timings["coswin"])
         bars.append(
             Bar(

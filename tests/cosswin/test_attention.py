@@ -19,7 +19,8 @@ def _randomise(module):
 
 
 def _assert_same(ours, theirs, x):
-    """Compare results, input gradients and weight gradients."""
+    """Compare results, input gradients and weight gradients, in float64."""
+    ours, theirs, x = ours.double(), theirs.double(), x.double()
     x1, x2 = (x.clone().requires_grad_() for _ in range(2))
     y1, y2 = ours(x1), theirs(x2)
     torch.testing.assert_close(y1, y2, **EXACT)
@@ -116,13 +117,15 @@ def test_gradient_equals_differences(size):
     assert torch.autograd.gradcheck(attention, x, fast_mode=True)
 
 
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
 @pytest.mark.parametrize("windows", [1, 3])
-def test_explicit_attention_equals_the_fused_one(windows):
+def test_explicit_attention_equals_the_fused_one(windows, heads_at_once, monkeypatch):
     """The CPU's path and every other device's are one function, gradients included."""
+    monkeypatch.setattr("cosswin.attention._WINDOWS_AT_ONCE", 6 * heads_at_once)
     torch.manual_seed(4)
-    qkv = torch.randn(6, 9, 3 * 8, requires_grad=True)
-    bias = torch.randn(windows, 2, 9, 9, requires_grad=True)
-    weight = torch.randn(6, 9, 8)
+    qkv = torch.randn(6, 9, 3 * 12, requires_grad=True)
+    bias = torch.randn(windows, 3, 9, 9, requires_grad=True)
+    weight = torch.randn(6, 9, 12)
     results = []
     for attend in (_attend_fused, _ExplicitAttention.apply):
         out = attend(qkv, bias)
