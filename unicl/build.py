@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
 from unicl.data.shards import ShardSet
-from unicl.engine.checkpoint import checkpoints, load_state, load_weights
+from unicl.engine.checkpoint import (
+    DamagedCheckpointError,
+    checkpoints,
+    load_state,
+    load_weights,
+    verify_checkpoint,
+)
 from unicl.engine.trainer import Run, Trainer
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import embed_images
@@ -205,11 +212,17 @@ def build_held_out(recipe: Recipe) -> HeldOut:
 
 
 def choose_device(device: str) -> torch.device:
-    """Turn "auto" into a GPU where there is one, and refuse a GPU where there is none."""
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UsageError("trainer.device is cuda, but torch sees no GPU; use cpu or auto")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    """Turn "auto" into a GPU where there is one, and refuse a device that is not there."""
+    num_gpus = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        seen = f"only {num_gpus}" if num_gpus else "none"
+        raise UsageError(f"device is {device}, but of GPUs torch sees {seen}; use cpu or auto")
+    return chosen
 
 
 def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
@@ -226,16 +239,26 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
     path = Path(path)
     run = path.parent.parent if path.name.startswith("step-") else path
     recipe = read_recipe(run)
-    if run == path:
-        found = checkpoints(run / "checkpoints")
-        if not found:
-            raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
-        best = load_state(found[-1])["best"]
-        wanted = run / "checkpoints" / f"step-{best[1]:08d}" if best else found[-1]
-        path = wanted if wanted in found else found[-1]
+    try:
+        if run == path:
+            path = _best_checkpoint(run)
+        verify_checkpoint(path, only="model.safetensors")
+    except DamagedCheckpointError as error:
+        raise UniclError(
+            f"{error}; repeat the training, which goes on from a whole checkpoint, or load another"
+        ) from error
     model = build_model(recipe)
     load_weights(path / "model.safetensors", model)
     return model.eval(), recipe
+
+
+def _best_checkpoint(run: Path) -> Path:
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
+    best = load_state(found[-1])["best"]
+    wanted = run / "checkpoints" / f"step-{best[1]:08d}" if best else found[-1]
+    return wanted if wanted in found else found[-1]
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -244,7 +267,11 @@ def read_recipe(run: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UniclError(f"{run} is not a run: cannot read {path}: {error.strerror}") from error
+        inside = sorted(run.glob("*/recipe.toml"))
+        hint = f"; perhaps you mean {inside[0].parent}" if inside else ""
+        raise UniclError(
+            f"{run} is not a run: cannot read {path}: {error.strerror}{hint}"
+        ) from error
     except UnicodeDecodeError as error:
         raise UniclError(f"{path} is damaged: it is not UTF-8 text") from error
     return parse_recipe(text, source=str(path))

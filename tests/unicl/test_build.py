@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl.build import build_model, load_model, read_recipe, train
+from unicl.build import build_model, choose_device, load_model, read_recipe, train
 from unicl.config import parse_recipe
 from unicl.engine.checkpoint import checkpoints
 from unicl.engine.metrics import read_metrics
@@ -116,6 +116,30 @@ def test_loading_what_is_not_a_run_says_so(corpus, tmp_path):
     (tmp_path / "recipe.toml").write_text("")
     with pytest.raises(UniclError, match="has no checkpoint yet"):
         load_model(tmp_path)
+
+
+def test_a_run_inside_the_folder_is_suggested(tmp_path):
+    (tmp_path / "unicl").mkdir()
+    (tmp_path / "unicl" / "recipe.toml").write_text("")
+    with pytest.raises(UniclError, match=r"is not a run: .*; perhaps you mean .*/unicl$"):
+        load_model(tmp_path)
+
+
+def test_damaged_weights_are_not_used(corpus, tmp_path):
+    run = train(recipe_for(corpus, trainer__steps="2"), tmp_path / "run")
+    weights = checkpoints(run.path / "checkpoints")[-1] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UniclError, match=r"model\.safetensors is damaged: .*; repeat the training"):
+        load_model(run.path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "mps", ""])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(UsageError, match="device"):
+        choose_device(device)
+    assert choose_device("cpu").type == "cpu"
 
 
 def test_equal_seeds_build_equal_models(corpus):

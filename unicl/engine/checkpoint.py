@@ -4,12 +4,16 @@
         model.safetensors       the weights, all that is needed to use the model
         optimizer.safetensors   the moments, by parameter name
         state.json              step, position in the data, running means, best metric
+        SHA256SUMS              of the three files, as `sha256sum -c` reads them
 
 A checkpoint is written beside its final name, flushed to disk and renamed, so that a run killed
-at any instant finds either the whole of it or the one before.
+at any instant finds either the whole of it or the one before. What a disk damages later, the
+digests tell.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +28,15 @@ from torch import Tensor, nn
 
 from unicl.errors import UniclError
 
+logger = logging.getLogger("unicl")
+
 _NAME = re.compile(r"step-(\d{8})")
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_SUMS = "SHA256SUMS"
+
+
+class DamagedCheckpointError(UniclError):
+    """A checkpoint is not as it was written."""
 
 
 def save_checkpoint(
@@ -50,6 +62,8 @@ def save_checkpoint(
         save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        sums = [f"{_digest(partial / name)}  {name}\n" for name in _FILES]
+        (partial / _SUMS).write_text("".join(sums))
         for path in [*partial.iterdir(), partial]:
             _flush(path)
         partial.rename(final)
@@ -63,14 +77,46 @@ def save_checkpoint(
     return final
 
 
+def load_newest(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole and return its state; None where there is none.
+
+    Damaged ones that are newer are set aside: the run will write those steps again.
+
+    Raises:
+        UniclError: no checkpoint is whole, or the newest whole one is of another architecture.
+    """
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = load_checkpoint(path, model=model, optimizer=optimizer)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for bad, why in damaged:
+            logger.warning("%s; set aside, going on from %s", why, path.name)
+            _set_aside(bad)
+        return state
+    if damaged:
+        _, newest = damaged[0]
+        raise UniclError(
+            f"no checkpoint in {folder} is whole ({newest}); "
+            f"remove that folder to train from the start"
+        )
+    return None
+
+
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Load a checkpoint into model and optimizer, and return its state.
 
     Raises:
-        UniclError: a file is missing or damaged, or the checkpoint is of another architecture.
+        DamagedCheckpointError: a file is missing or not as it was written; nothing is loaded then.
+        UniclError: the checkpoint is of another architecture.
     """
+    verify_checkpoint(path)
     load_weights(path / "model.safetensors", model)
     tensors = _read(path / "optimizer.safetensors")
     moments: dict[str, dict[str, Tensor]] = {}
@@ -89,16 +135,37 @@ def load_checkpoint(
     return load_state(path)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's `state.json`."""
+def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
+    """Compare a checkpoint's files, or only one of them, with the digests written beside them.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or not as it was written.
+    """
+    sums = path / _SUMS
     try:
-        state = json.loads((path / "state.json").read_text())
-        if not isinstance(state, dict) or "step" not in state:
-            raise ValueError("it does not hold a training state")
-        return state
-    except (OSError, ValueError) as error:
-        path = path / "state.json"
-        raise UniclError(f"cannot read {path}: {_reason(error)}; {_way_out(path)}") from error
+        lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()]
+        expected = {name: digest for digest, name in lines}
+        for name in (
+            [only] if only else ["model.safetensors", "optimizer.safetensors", "state.json"]
+        ):
+            if _digest(path / name) != expected.get(name):
+                raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 has changed")
+    except OSError as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: cannot read {Path(error.filename or sums).name}: {_reason(error)}"
+        ) from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{sums} is damaged") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's `state.json`.
+
+    Raises:
+        DamagedCheckpointError: it is missing or not as it was written.
+    """
+    verify_checkpoint(path, only="state.json")
+    return json.loads((path / "state.json").read_text())
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -167,14 +234,24 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UniclError(f"{path} is missing; {_way_out(path)}") from None
     except (OSError, SafetensorError) as error:
-        raise UniclError(f"cannot read {path}: {_reason(error)}; {_way_out(path)}") from error
+        raise UniclError(f"cannot read the weights in {path}: {_reason(error)}") from error
 
 
-def _way_out(path: Path) -> str:
-    return f"remove {path.parent} to go on from the checkpoint before it"
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that its step can be written again."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    except OSError as error:
+        raise UniclError(f"cannot rename {path} to {aside.name}: {_reason(error)}") from error
 
 
 def _flush(path: Path) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from unicl.config import OptimizerConfig, ScheduleConfig, TrainerConfig
 from unicl.engine.checkpoint import (
-    checkpoint_step,
     checkpoints,
-    load_checkpoint,
+    load_newest,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -106,6 +105,9 @@ class Trainer:
             UniclError: non-finite gradients past the limit, unreadable data, a full disk.
         """
         self.resume()
+        if self.step >= self.config.steps:
+            logger.info("%s is finished: step %d of %d", self.folder, self.step, self.step)
+            return self._run()
         self.log = MetricsLog(self.folder, step=self.step)
         with (
             contextlib.closing(self.log),
@@ -126,7 +128,7 @@ class Trainer:
                         f"{interruption.signal_name}: saved at step {self.step}; "
                         f"repeat the command to go on"
                     )
-        return Run(path=self.folder, step=self.step, metrics=self.evaluation)
+        return self._run()
 
     def update(self, batch: Any) -> None:
         """Do one step: forward, loss, backward, clip, optimizer."""
@@ -204,13 +206,13 @@ class Trainer:
         prune_checkpoints(folder, keep_last=self.config.keep_last, keep=keep)
 
     def resume(self) -> None:
-        """Load the newest checkpoint of the run's folder, if there is one."""
-        found = checkpoints(self.folder / "checkpoints")
-        if not found:
+        """Load the newest whole checkpoint of the run's folder, if there is one."""
+        state = load_newest(
+            self.folder / "checkpoints", model=self.task.model, optimizer=self.optimizer
+        )
+        if state is None:
             return
-        newest = found[-1]
-        state = load_checkpoint(newest, model=self.task.model, optimizer=self.optimizer)
-        self.step = checkpoint_step(newest)
+        self.step = state["step"]
         self.consumed = state["consumed"]
         self.skipped = state["skipped"]
         self.nonfinite = state["nonfinite"]
@@ -218,7 +220,11 @@ class Trainer:
         self.evaluation = state["evaluation"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.precision = state["precision"]
-        logger.info("continuing %s from step %d", self.folder, self.step)
+        if self.step < self.config.steps:
+            logger.info("continuing %s from step %d", self.folder, self.step)
+
+    def _run(self) -> Run:
+        return Run(path=self.folder, step=self.step, metrics=self.evaluation)
 
     def _note(self, values: Mapping[str, float | Tensor]) -> None:
         self.means.add({f"train/{name}": value for name, value in values.items()})

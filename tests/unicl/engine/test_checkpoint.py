@@ -1,14 +1,18 @@
 """Checkpoints are complete or absent, and refuse what does not fit."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from torch import nn
 
 from unicl.engine import checkpoint
 from unicl.engine.checkpoint import (
+    DamagedCheckpointError,
     checkpoints,
     load_checkpoint,
-    load_state,
+    load_newest,
     load_weights,
     prune_checkpoints,
     save_checkpoint,
@@ -44,7 +48,14 @@ def test_round_trip(tmp_path):
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     names = sorted(path.name for path in save(tmp_path, 1).iterdir())
-    assert names == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert names == ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
+def test_the_digests_are_in_the_format_of_coreutils(tmp_path):
+    path = save(tmp_path, 1)
+    check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=path, capture_output=True).returncode == 0
 
 
 def test_another_architecture_is_refused_by_name(tmp_path):
@@ -57,22 +68,63 @@ def test_another_architecture_is_refused_by_name(tmp_path):
         load_weights(path, nn.Linear(3, 4, bias=False))
 
 
-def test_a_damaged_or_missing_file_is_named(tmp_path):
-    path = save(tmp_path, 1) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UniclError, match=r"cannot read .*model\.safetensors"):
-        load_weights(path, nn.Linear(3, 4))
-    path.unlink()
-    with pytest.raises(UniclError, match=r"model\.safetensors is missing"):
-        load_weights(path, nn.Linear(3, 4))
+def overwrite(path):
+    """Change bytes in the middle, as a disk might; the size and the format stay."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 8] = bytes(byte ^ 1 for byte in data[middle : middle + 8])
+    path.write_bytes(data)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "{"])
-def test_a_damaged_state_is_one_line_with_the_way_out(tmp_path, text):
+DAMAGES = {
+    "overwritten": overwrite,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_any_damage_is_noticed_before_anything_is_loaded(tmp_path, file, damage):
+    model, optimizer = model_and_optimizer()
+    before = model.weight.detach().clone()
     path = save(tmp_path, 1)
-    (path / "state.json").write_text(text)
-    with pytest.raises(UniclError, match=r"cannot read .*state\.json: .*; remove .*step-00000001"):
-        load_state(path)
+    DAMAGES[damage](path / file)
+    with pytest.raises(DamagedCheckpointError, match=f"damaged|{file}"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    assert torch.equal(model.weight, before)
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, caplog):
+    saved = {step: model_and_optimizer() for step in (1, 2, 3, 4)}
+    for step, (model, optimizer) in saved.items():
+        save(tmp_path, step, model, optimizer)
+    overwrite(tmp_path / "step-00000003" / "model.safetensors")
+    (tmp_path / "step-00000004" / "state.json").unlink()
+    (tmp_path / "step-00000005").mkdir()
+    (tmp_path / "step-00000006").touch()
+    model, optimizer = model_and_optimizer()
+    state = load_newest(tmp_path, model=model, optimizer=optimizer)
+    assert state["step"] == 2
+    assert torch.equal(model.weight, saved[2][0].weight)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert sum("set aside, going on from step-00000002" in line for line in caplog.messages) == 4
+    # Their steps can be written, and damaged, again.
+    for _ in range(2):
+        overwrite(save(tmp_path, 3) / "model.safetensors")
+        assert load_newest(tmp_path, model=model, optimizer=optimizer)["step"] == 2
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path):
+    for step in (1, 2):
+        overwrite(save(tmp_path, step) / "model.safetensors")
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(UniclError, match=r"no checkpoint in .* is whole \(.*2/model\.safe.*remove"):
+        load_newest(tmp_path, model=model, optimizer=optimizer)
+    assert len(checkpoints(tmp_path)) == 2
+    assert load_newest(tmp_path / "none", model=model, optimizer=optimizer) is None
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, monkeypatch):

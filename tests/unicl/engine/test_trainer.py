@@ -1,5 +1,6 @@
 """A run is a function of its recipe: interrupted anywhere, it continues bit for bit."""
 
+import contextlib
 import json
 import os
 import signal
@@ -121,9 +122,26 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, number):
 def test_a_finished_run_is_not_trained_again(tmp_path):
     make(tmp_path).fit()
     before = untimed(tmp_path)
+    events = list((tmp_path / "events").iterdir())
     again = make(tmp_path, loader=DyingLoader(0))
     assert again.fit().step == 12
     assert untimed(tmp_path) == before
+    assert list((tmp_path / "events").iterdir()) == events
+
+
+@pytest.mark.parametrize("death", [11, 99])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path, death, caplog):
+    """Bit for bit, also over the metrics and checkpoints of the steps that are done again."""
+    whole = make(tmp_path / "whole")
+    whole.fit()
+    with contextlib.suppress(Killed):
+        make(tmp_path / "hurt", loader=DyingLoader(death)).fit()
+    newest = checkpoints(tmp_path / "hurt" / "checkpoints")[-1] / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    resumed = make(tmp_path / "hurt")
+    resumed.fit()
+    assert "set aside, going on from" in caplog.text
+    assert_equal_runs(whole, resumed)
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
