@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 """A path, a PIL image, or an array [height, width] or [height, width, 3 or 4] of bytes."""
 
+Images = Sequence[ImageInput] | NDArray[np.uint8]
+"""A list of them, or an array [n, height, width, 3 or 4] of bytes."""
+
+_IMAGES = (str, Path, Image.Image, np.ndarray)
+_BATCH_AXES = 4
+
 
 class Predictor:
     """Embeds images and texts with a trained model, and names images.
@@ -37,8 +43,7 @@ class Predictor:
     def __init__(
         self, model: TwoTowers, tokenize: "Tokenize", *, image_size: int, batch_size: int = 64
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be positive, got {batch_size}")
+        _require_count(batch_size, "batch_size")
         self.model = model
         self.tokenize = tokenize
         self.transform = EvalTransform(image_size)
@@ -50,7 +55,7 @@ class Predictor:
 
         Raises:
             UniclError: there is no such run, or its checkpoint is damaged.
-            UsageError: `device` is "cuda" and there is no GPU.
+            UsageError: `device` is none of auto, cpu, cuda and cuda:N, or is not there.
         """
         # Late: building knows every component, using a model needs only a few of them.
         from unicl.build import build_tokenizer, choose_device, load_model
@@ -63,7 +68,7 @@ class Predictor:
             batch_size=batch_size,
         )
 
-    def embed_images(self, images: Sequence[ImageInput]) -> Float[np.ndarray, "num_images dim"]:
+    def embed_images(self, images: Images) -> Float[np.ndarray, "num_images dim"]:
         """Unit-length embeddings of images.
 
         Raises:
@@ -76,14 +81,14 @@ class Predictor:
         """Unit-length embeddings of texts, as they are: no template is added.
 
         Raises:
-            UsageError: there are no texts.
+            UsageError: there are no texts, or something among them is none.
         """
-        _require_list(texts, "texts")
+        texts = _listed(texts, "texts", (str,), "a text")
         return embed_texts(self.model, texts, self.tokenize, self.batch_size).numpy()
 
     def classify(
         self,
-        images: Sequence[ImageInput],
+        images: Images,
         names: Sequence[str],
         *,
         templates: str | Sequence[str] = "simple",
@@ -104,9 +109,8 @@ class Predictor:
             UsageError: something that was asked for is wrong: a missing file, a name given twice.
             UniclError: a file cannot be decoded.
         """
-        _require_list(names, "names")
-        if top_k < 1:
-            raise UsageError(f"top_k must be positive, got {top_k}")
+        names = _listed(names, "names", (str,), "a text")
+        _require_count(top_k, "top_k")
         classifier = class_embeddings(
             self.model,
             names,
@@ -127,8 +131,8 @@ class Predictor:
             for guesses in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
 
-    def _image_embeddings(self, images: Sequence[ImageInput]) -> Float[Tensor, "num_images dim"]:
-        _require_list(images, "images")
+    def _image_embeddings(self, images: Images) -> Float[Tensor, "num_images dim"]:
+        images = _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
         device = device_of(self.model)
         embeddings = []
         with evaluating(self.model):
@@ -150,7 +154,7 @@ class Predictor:
         except FileNotFoundError as error:
             raise UsageError(f"there is no image file {name}") from error
         except (OSError, UndecodableImage) as error:
-            reason = getattr(error, "strerror", None) or str(error) or "not an image"
+            reason = getattr(error, "strerror", None) or str(error)
             raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
         except ValueError as error:
             raise UsageError(f"{name}: {error}") from error
@@ -158,7 +162,8 @@ class Predictor:
 
 def _picture(array: NDArray[np.uint8]) -> Image.Image:
     channels = array.shape[2] if array.ndim == 3 else None
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (None, 3, 4):
+    shaped = array.ndim in (2, 3) and channels in (None, 3, 4) and array.size
+    if array.dtype != np.uint8 or not shaped:
         raise ValueError(
             "an array must hold bytes of shape [height, width] or [height, width, 3 or 4], "
             f"got {array.dtype} of shape {list(array.shape)}"
@@ -166,19 +171,37 @@ def _picture(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _require_list(values: Sequence[object], what: str) -> None:
-    # A single path is a sequence of letters to Python, and would be read as many one-letter paths.
-    if isinstance(values, str | Path | Image.Image):
-        raise UsageError(
-            f"{what} must be a list, got one {type(values).__name__}: put it in brackets"
-        )
+def _require_count(value: object, what: str) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"{what} must be a positive whole number, got {value!r}")
+
+
+def _listed(values: Any, what: str, kinds: tuple[type, ...], kind: str) -> list[Any]:
+    """Return values as a list, or say which of them is of the wrong kind.
+
+    An array of several images or of texts is a list, too.
+    """
+    got = type(values).__name__
+    one = isinstance(values, (*_IMAGES, bytes))
+    if isinstance(values, np.ndarray):
+        one = values.ndim != (1 if kinds == (str,) else _BATCH_AXES)
+    # A single path is a sequence of letters to Python, and would be read as many one-letter paths;
+    # an array of one image would be read as many one-line images.
+    if one:
+        raise UsageError(f"{what} must be a list, got one {got}: put it in brackets")
+    if not isinstance(values, Sequence | np.ndarray):
+        raise UsageError(f"{what} must be a list, got {got}")
     if len(values) == 0:
         raise UsageError(f"{what} is empty: give at least one")
+    for number, value in enumerate(values):
+        if not isinstance(value, kinds):
+            raise UsageError(f"{what}[{number}] must be {kind}, got {type(value).__name__}")
+    return list(values)
 
 
 def _templates(templates: str | Sequence[str]) -> Sequence[str]:
     if not isinstance(templates, str):
-        return templates
+        return _listed(templates, "templates", (str,), "a text")
     if templates not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UsageError(f"there are no templates {templates!r}: choose from {known}")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.unicl.evaluation.toys import CONTEXT, NAMES, ToyModel, tokenize
 from unicl.errors import UniclError, UsageError
-from unicl.predictor import ImageInput, Predictor
+from unicl.predictor import _IMAGES, ImageInput, Predictor, _listed, _require_count
 
 
 def predictor(batch_size: int = 64) -> Predictor:
@@ -86,6 +86,7 @@ def test_an_undecodable_file(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(UniclError, match=r"cannot read .*cat\.png: ") as error:
         predictor().embed_images([path])
     assert "\n" not in str(error.value)
+    assert "BytesIO" not in str(error.value)
     assert error.value.exit_code == 1
 
 
@@ -107,10 +108,68 @@ def test_an_array_that_is_no_image() -> None:
         predictor(1).embed_images([noise(0, 4, 4, 3), noise(0, 4, 4, 2)])
 
 
-@pytest.mark.parametrize("images", [[], "cat.jpg"])
-def test_what_is_no_list_of_images(images: list[ImageInput] | str) -> None:
-    with pytest.raises(UsageError, match=r"images (is empty|must be a list)"):
-        predictor().embed_images(images)
+ONE_IMAGE = noise(0, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "images is empty"),
+        ("cat.jpg", "one str: put it in brackets"),
+        (b"\x89PNG", "one bytes: put it in brackets"),
+        (Path("cat.jpg"), "one PosixPath: put it in brackets"),
+        (ONE_IMAGE, "one ndarray: put it in brackets"),
+        (Image.fromarray(ONE_IMAGE), "one Image: put it in brackets"),
+        (None, "must be a list, got NoneType"),
+        (3, "must be a list, got int"),
+        ({"cat.jpg"}, "must be a list, got set"),
+        ((path for path in ["cat.jpg"]), "must be a list, got generator"),
+        ([ONE_IMAGE, None], r"images\[1\] must be a path, .* got NoneType"),
+        ([torch.zeros(3, 4, 4)], r"images\[0\] must be .* got Tensor"),
+    ],
+)
+def test_what_is_no_list_of_images(images: object, message: str) -> None:
+    # Called alone, for the suite's type checks would refuse these earlier, with other words.
+    with pytest.raises(UsageError, match=message):
+        _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
+
+
+def test_an_empty_picture() -> None:
+    with pytest.raises(UsageError, match=r"image 0: .* got uint8 of shape \[0, 4, 3\]"):
+        predictor().embed_images([noise(0, 0, 4, 3)])
+
+
+def test_an_array_of_images_is_a_list_of_them() -> None:
+    images = noise(0, 3, 4, 4, 3)
+    listed = predictor().embed_images(list(images))
+    np.testing.assert_array_equal(predictor().embed_images(images), listed)
+    assert _listed(np.array(["cat", "dog"]), "names", (str,), "a text") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("cat", "names must be a list, got one str"),
+        ({"cat": 1}, "names must be a list, got dict"),
+        (None, "names must be a list, got NoneType"),
+        (["cat", 2], r"names\[1\] must be a text, got int"),
+    ],
+)
+def test_what_is_no_list_of_names(names: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _listed(names, "names", (str,), "a text")
+
+
+@pytest.mark.parametrize("template", ["no", "{0}", "{x} {}", "{", "{} {}", ""])
+def test_a_template_has_one_place_for_the_name(template: str) -> None:
+    with pytest.raises(UsageError, match=r"template .* must have \{\} once"):
+        predictor().classify([ONE_IMAGE], ["cat"], templates=[template])
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
+def test_top_k_is_a_positive_number(top_k: object) -> None:
+    with pytest.raises(UsageError, match="top_k must be a positive whole number"):
+        _require_count(top_k, "top_k")
 
 
 def test_names_and_templates_that_cannot_be_used() -> None:
@@ -121,8 +180,6 @@ def test_names_and_templates_that_cannot_be_used() -> None:
         predictor().classify([image], ["cat"], templates="klip")
     with pytest.raises(UsageError, match="names is empty"):
         predictor().classify([image], [])
-    with pytest.raises(UsageError, match="top_k"):
-        predictor().classify([image], ["cat"], top_k=0)
     with pytest.raises(UsageError, match="batch_size"):
         predictor(0)
 

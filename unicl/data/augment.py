@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unicl.data.order import mix
@@ -39,7 +39,16 @@ def open_image(data: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(data), formats=_formats())
     except Exception as error:  # As in `_decode`.
-        raise UndecodableImage(str(error)) from error
+        raise UndecodableImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say in our own words what Pillow says of memory addresses and attacks."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a known type"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return "it has more pixels than an image should"
+    return str(error) or type(error).__name__
 
 
 @cache
@@ -191,7 +200,7 @@ def _decode(image: Image.Image, share: float, orientation: int) -> tuple[Image.I
     except MemoryError:
         raise
     except Exception as error:  # Only Pillow runs here, and bad files make it raise all sorts.
-        raise UndecodableImage(str(error)) from error
+        raise UndecodableImage(_reason(error)) from error
 
 
 def _resizable(image: Image.Image) -> Image.Image:

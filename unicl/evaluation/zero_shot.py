@@ -105,13 +105,17 @@ def class_embeddings(
         autocast: type of the towers' arithmetic; None computes in the parameters' own.
 
     Raises:
-        UsageError: there are no names or no templates, or a name occurs twice.
+        UsageError: there are no names or no templates, a name occurs twice, or a template has no
+            single place for it.
     """
     if not names or not templates:
         raise UsageError("a zero-shot classifier needs at least one class name and one template")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"the class name {twice!r} occurs twice: name each class once")
+    for template in templates:
+        if template.count("{}") != 1 or template.count("{") != 1:
+            raise UsageError(f"the template {template!r} must have {{}} once, for the class name")
     names_at_once = max(1, _PROMPTS_AT_ONCE // len(templates))
     means = []
     for start in range(0, len(names), names_at_once):

@@ -42,9 +42,8 @@ def test_classes_in_chunks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_equal_prompts_are_encoded_once() -> None:
     model = ToyModel()
-    templates = ("{}", "{}", "one prompt for all")
-    class_embeddings(model, NAMES, templates, tokenize)
-    assert sum(len(tokens) for tokens in model.text_batches) == len(NAMES) + 1
+    class_embeddings(model, NAMES, ("{}", "a {}", "{}"), tokenize)
+    assert sum(len(tokens) for tokens in model.text_batches) == 2 * len(NAMES)
 
 
 def test_long_names_can_stay_as_they_are() -> None:
