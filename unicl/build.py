@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +50,8 @@ _FREE_ON_RESUME = {
     "trainer.save_every",
 }
 
+_PROBLEMS_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -89,6 +92,8 @@ def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
         raise UsageError(
             "data.train is not set; `unicl prepare SOURCE --out DIR` makes such a folder"
         )
+    if recipe.trainer.batch_size == 1:
+        raise UsageError("trainer.batch_size must be at least 2: the loss of one pair is always 0")
     device = choose_device(recipe.trainer.device)
     torch.manual_seed(recipe.trainer.seed)
     model = build_model(recipe).to(device)
@@ -134,9 +139,15 @@ def build_model(recipe: Recipe) -> TwoTower:
 
 def build_train_loader(recipe: Recipe) -> Loader:
     """Build the endless, reproducible stream of training batches."""
-    data, seed = recipe.data, recipe.trainer.seed
-    shards = ShardSet.open(Path(data.train))
-    return Loader(
+    data, seed, batch_size = recipe.data, recipe.trainer.seed, recipe.trainer.batch_size
+    shards = _open_shards(Path(data.train))
+    if batch_size > shards.num_samples:
+        logger.warning(
+            "trainer.batch_size %d is larger than %s with its %d samples: they repeat in a batch",
+            *(batch_size, data.train, shards.num_samples),
+        )
+    return _build_loader(
+        recipe,
         shards,
         SampleOrder(shards.shard_sizes, seed=seed, window=data.shuffle_window),
         transform=TrainTransform(
@@ -145,32 +156,47 @@ def build_train_loader(recipe: Recipe) -> Loader:
             ratio=data.crop_ratio,
             flip=data.flip,
         ),
-        tokenize=build_tokenizer(recipe),
         prompts=PromptSampler(data.templates, short_text_words=data.short_text_words, seed=seed),
-        batch_size=recipe.trainer.batch_size,
-        num_workers=data.num_workers,
+        batch_size=batch_size,
         seed=seed,
-        max_image_pixels=data.max_image_pixels,
-        max_skipped_share=data.max_skipped_share,
     )
 
 
 def build_eval_loader(recipe: Recipe, folder: Path) -> Loader:
     """Build one ordered, unaugmented pass over a folder of shards."""
-    shards = ShardSet.open(folder)
-    data = recipe.data
-    return Loader(
+    shards = _open_shards(folder)
+    return _build_loader(
+        recipe,
         shards,
         SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
         transform=EvalTransform(recipe.image_tower.image_size),
-        tokenize=build_tokenizer(recipe),
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=recipe.evaluation.batch_size,
-        num_workers=data.num_workers,
         seed=0,
-        max_image_pixels=data.max_image_pixels,
-        max_skipped_share=data.max_skipped_share,
     )
+
+
+def _build_loader(recipe: Recipe, shards: ShardSet, order: SampleOrder, **own: Any) -> Loader:
+    return Loader(
+        shards,
+        order,
+        tokenize=build_tokenizer(recipe),
+        num_workers=recipe.data.num_workers,
+        max_image_pixels=recipe.data.max_image_pixels,
+        max_skipped_share=recipe.data.max_skipped_share,
+        **own,
+    )
+
+
+def _open_shards(folder: Path) -> ShardSet:
+    """Open a folder of shards, and say at once what of it will be skipped later."""
+    shards = ShardSet.open(folder)
+    problems = shards.problems(indices=False)
+    for problem in problems[:_PROBLEMS_SHOWN]:
+        logger.warning("%s; the samples it lacks are skipped", problem)
+    if len(problems) > _PROBLEMS_SHOWN:
+        logger.warning("%d more tars of %s are damaged", len(problems) - _PROBLEMS_SHOWN, folder)
+    return shards
 
 
 def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:

@@ -43,11 +43,13 @@ def unicl_loss(
         tile: Rows and columns of the logits that exist at one time; does not change the result.
 
     Raises:
-        UsageError: Labels do not fit the embeddings, or a batch or a tile is empty.
+        UsageError: Something is of the wrong kind or shape, labels do not fit the embeddings, or a
+            batch or a tile is empty.
     """
-    text_labels = _checked_text_labels(image_embeddings, text_embeddings, labels, text_labels)
-    if tile < 1:
-        raise UsageError(f"tile must be positive, got {tile}")
+    text_labels = labels if text_labels is None else text_labels
+    _check(image_embeddings, text_embeddings, labels, text_labels, scale)
+    if not isinstance(tile, int) or tile < 1:
+        raise UsageError(f"tile must be a positive whole number, got {tile}")
     dtype = _work_dtype(image_embeddings, text_embeddings)
     scale = torch.as_tensor(scale, device=image_embeddings.device)
     # The casts lie outside of the function, so autograd casts the gradients back.
@@ -70,7 +72,8 @@ def reference_loss(
     tile: int = 2048,
 ) -> Float[Tensor, ""]:
     """Compute `unicl_loss` as the paper prints it, with dense logits; `tile` is ignored."""
-    text_labels = _checked_text_labels(image_embeddings, text_embeddings, labels, text_labels)
+    text_labels = labels if text_labels is None else text_labels
+    _check(image_embeddings, text_embeddings, labels, text_labels, scale)
     dtype = _work_dtype(image_embeddings, text_embeddings)
     with torch.autocast(image_embeddings.device.type, enabled=False):
         logits = scale * image_embeddings.to(dtype) @ text_embeddings.to(dtype).T
@@ -92,22 +95,46 @@ def _work_dtype(image_embeddings: Tensor, text_embeddings: Tensor) -> torch.dtyp
     )
 
 
-def _checked_text_labels(
-    image_embeddings: Tensor, text_embeddings: Tensor, labels: Tensor, text_labels: Tensor | None
-) -> Tensor:
-    text_labels = labels if text_labels is None else text_labels
+def _check(
+    image_embeddings: Any, text_embeddings: Any, labels: Any, text_labels: Any, scale: Any
+) -> None:
+    """Say what is wrong with a caller's inputs; their values, which a GPU holds, are not read."""
     for side, embeddings, given in (
         ("image", image_embeddings, labels),
         ("text", text_embeddings, text_labels),
     ):
-        if len(embeddings) == 0:
-            raise UsageError(f"the loss needs at least one {side} embedding, got none")
+        if not _is_tensor(embeddings, ndim=2, floating=True):
+            raise UsageError(
+                f"{side}_embeddings must be a tensor [{side}s, dim] of floats, {_got(embeddings)}"
+            )
+        if not _is_tensor(given, ndim=1, floating=False):
+            raise UsageError(f"labels must be tensors of integers, one per {side}, {_got(given)}")
+        if embeddings.numel() == 0:
+            raise UsageError(f"the loss needs at least one {side} embedding, {_got(embeddings)}")
         if len(embeddings) != len(given):
             raise UsageError(
                 f"the loss needs one label per {side} embedding, "
                 f"got {len(given)} labels for {len(embeddings)} embeddings"
             )
-    return text_labels
+    if image_embeddings.shape[1] != text_embeddings.shape[1]:
+        raise UsageError(
+            f"image and text embeddings must have one width, "
+            f"got {image_embeddings.shape[1]} and {text_embeddings.shape[1]}"
+        )
+    if not (isinstance(scale, int | float) or _is_tensor(scale, ndim=0, floating=True)):
+        raise UsageError(f"scale must be a number or a tensor of one, {_got(scale)}")
+
+
+def _is_tensor(value: Any, *, ndim: int, floating: bool) -> bool:
+    if not isinstance(value, Tensor) or value.ndim != ndim or value.dtype == torch.bool:
+        return False
+    return value.is_floating_point() == floating and not value.is_complex()
+
+
+def _got(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"got {type(value).__name__}"
+    return f"got {str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
 
 
 @dataclass(frozen=True)

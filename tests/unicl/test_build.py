@@ -1,10 +1,19 @@
 """From a recipe to a trained, reloaded model on real shards."""
 
+import os
+
 import pytest
 import torch
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl.build import build_model, choose_device, load_model, read_recipe, train
+from unicl.build import (
+    build_model,
+    build_train_loader,
+    choose_device,
+    load_model,
+    read_recipe,
+    train,
+)
 from unicl.config import parse_recipe
 from unicl.engine.checkpoint import checkpoints
 from unicl.engine.metrics import read_metrics
@@ -96,6 +105,7 @@ def test_a_folder_of_another_recipe_is_left_alone(corpus, tmp_path):
         ({"image_tower__model": "coswin_tinny"}, "coswin_tiny"),
         ({"data__train": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"data__train": ""}, r"data\.train is not set"),
+        ({"trainer__batch_size": "1"}, "trainer.batch_size must be at least 2"),
     ],
 )
 def test_a_mistake_in_a_recipe_names_the_thing(corpus, tmp_path, overrides, message):
@@ -108,6 +118,17 @@ def test_a_mistake_does_not_occupy_the_folder(corpus, tmp_path):
         train(recipe_for(corpus, data__train=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(recipe_for(corpus, trainer__steps="1"), tmp_path / "run").step == 1
+
+
+def test_what_is_wrong_with_the_data_is_said_at_the_start(tmp_path, caplog):
+    shards = write_corpus(tmp_path / "train", num_samples=10)
+    (tar,) = shards.glob("*.tar")
+    os.truncate(tar, tar.stat().st_size // 2)
+    recipe = parse_recipe("", {**small_recipe(shards), "data.max_skipped_share": "1"})
+    build_train_loader(recipe)
+    assert "shard-000000.tar has" in caplog.text
+    assert "the samples it lacks are skipped" in caplog.text
+    assert "batch_size 12 is larger than" in caplog.text
 
 
 def test_loading_what_is_not_a_run_says_so(corpus, tmp_path):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unicl.errors import UsageError
-from unicl.loss import reference_loss, unicl_loss
+from unicl.loss import _check, reference_loss, unicl_loss
 
 LABELS = ("unique", "random", "same", "no match")
 INT64 = torch.iinfo(torch.int64)
@@ -229,7 +229,7 @@ def test_nan_is_not_hidden():
     ("change", "message"),
     [
         ({"text_labels": None}, "one label per text embedding, got 3 labels for 2"),
-        ({"tile": 0}, "tile must be positive, got 0"),
+        ({"tile": 0}, "tile must be a positive whole number, got 0"),
     ],
 )
 def test_misuse_is_one_line(change, message):
@@ -237,6 +237,34 @@ def test_misuse_is_one_line(change, message):
     options = {"text_labels": torch.arange(2)} | change
     with pytest.raises(UsageError, match=message):
         unicl_loss(u, v, torch.arange(3), 1.0, **options)
+
+
+EYE, THREE = torch.eye(4)[:3], torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((EYE.numpy(), EYE, THREE, THREE, 1.0), "image_embeddings must be .* got ndarray"),
+        ((EYE, EYE[0], THREE, THREE, 1.0), r"text_embeddings must be .* float32 of shape \[4\]"),
+        ((EYE, EYE.long(), THREE, THREE, 1.0), "text_embeddings must be .* got int64"),
+        ((EYE * 1j, EYE, THREE, THREE, 1.0), "image_embeddings must be .* got complex64"),
+        ((EYE, EYE[:, :2], THREE, THREE, 1.0), "one width, got 4 and 2"),
+        ((EYE[:, :0], EYE, THREE, THREE, 1.0), r"at least one image embedding, .*\[3, 0\]"),
+        ((EYE, EYE, [0, 1, 2], THREE, 1.0), "labels must be .* one per image, got list"),
+        ((EYE, EYE, None, None, 1.0), "labels must be .* got NoneType"),
+        ((EYE, EYE, THREE.float(), THREE, 1.0), "labels must be .* got float32"),
+        ((EYE, EYE, THREE, THREE > 1, 1.0), "labels must be .* one per text, got bool"),
+        ((EYE, EYE, THREE[:, None], THREE, 1.0), r"labels must be .* of shape \[3, 1\]"),
+        ((EYE, EYE, THREE, THREE, None), "scale must be a number .* got NoneType"),
+        ((EYE, EYE, THREE, THREE, "1"), "scale must be a number .* got str"),
+        ((EYE, EYE, THREE, THREE, torch.ones(3)), r"scale must be .* of shape \[3\]"),
+    ],
+)
+def test_inputs_of_the_wrong_kind_are_named(inputs, message):
+    # Called alone, for the suite's type checks would refuse these earlier, with other words.
+    with pytest.raises(UsageError, match=message):
+        _check(*inputs)
 
 
 def test_empty_batch_is_refused():

@@ -3,6 +3,7 @@
 Each component takes its own dataclass or plain arguments; the root is never passed down.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,14 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value is None or value > 0, f"{section}.{name} must be positive, got {value}")
+        positive = value is None or 0 < value < math.inf
+        _require(positive, f"{section}.{name} must be positive, got {value}")
+
+
+def _require_not_negative(config: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value < math.inf, f"{section}.{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,7 @@ class ImageTowerConfig:
     """A safetensors file with backbone weights to start from."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "image_tower", "window_size")
+        _require_positive(self, "image_tower", "window_size", "layer_scale")
         _require(
             self.image_size >= 3,  # what the stem of CoSwin needs
             f"image_tower.image_size must be at least 3 pixels, got {self.image_size}",
@@ -101,6 +109,7 @@ class LossConfig:
             0 < self.initial_scale <= self.max_scale,
             f"loss.initial_scale must lie in (0, {self.max_scale}], got {self.initial_scale}",
         )
+        _require_positive(self, "loss", "max_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +139,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "data", "shuffle_window", "max_image_pixels")
-        for name in ("short_text_words", "num_workers"):
-            _require(getattr(self, name) >= 0, f"data.{name} must not be negative")
+        _require_not_negative(self, "data", "short_text_words", "num_workers")
         low, high = self.crop_scale
         _require(
             0 < low <= high <= 1, f"data.crop_scale must rise within (0, 1], got {low}, {high}"
         )
         low, high = self.crop_ratio
-        _require(0 < low <= high, f"data.crop_ratio must rise above 0, got {low}, {high}")
+        _require(
+            0 < low <= high < math.inf, f"data.crop_ratio must rise above 0, got {low}, {high}"
+        )
         _require(
             0 <= self.max_skipped_share <= 1,
             f"data.max_skipped_share must lie in [0, 1], got {self.max_skipped_share}",
@@ -165,10 +175,7 @@ class OptimizerConfig:
             all(0 <= beta < 1 for beta in self.betas),
             f"optimizer.betas must lie in [0, 1), got {self.betas[0]}, {self.betas[1]}",
         )
-        _require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
-        )
+        _require_not_negative(self, "optimizer", "weight_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +188,7 @@ class ScheduleConfig:
     """Rate at the last step."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "final_learning_rate"):
-            _require(getattr(self, name) >= 0, f"schedule.{name} must not be negative")
+        _require_not_negative(self, "schedule", "warmup_steps", "final_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +230,7 @@ class TrainerConfig:
         _require(
             0 <= self.seed < 2**32, f"trainer.seed must lie in [0, 4294967296), got {self.seed}"
         )
-        _require(self.max_nonfinite >= 0, "trainer.max_nonfinite must not be negative")
+        _require_not_negative(self, "trainer", "max_nonfinite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,3 +279,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim must be positive, got {self.embed_dim}")
+        if self.evaluation.data is None:
+            for key, value in (
+                ("trainer.keep_best", self.trainer.keep_best),
+                ("evaluation.names", self.evaluation.names),
+            ):
+                _require(value is None, f"{key} needs evaluation.data, which is not set")
