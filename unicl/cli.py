@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--out", type=Path, help="folder to write; tars are indexed in place")
     prepare.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
+    for column in ("image", "text"):
+        prepare.add_argument(
+            f"--{column}-column",
+            metavar="NAME",
+            help=f"column of a .csv or .tsv with the {column}s",
+        )
     prepare.set_defaults(run=_prepare, takes_overrides=False)
 
     train = commands.add_parser(
@@ -105,6 +111,8 @@ def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
             arguments.source,
             arguments.out,
             samples_per_shard=arguments.samples_per_shard,
+            image_column=arguments.image_column,
+            text_column=arguments.text_column,
             progress=progress,
         )
     logger.info("%s", prepared)

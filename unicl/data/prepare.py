@@ -48,11 +48,19 @@ class Prepared:
 
     def __str__(self) -> str:
         folders = ", ".join(str(folder) for folder in self.folders.values())
-        text = f"{self.num_samples} samples with {self.num_texts} different texts in {folders}"
+        samples, texts = (
+            _count(self.num_samples, "sample"),
+            _count(self.num_texts, "different text"),
+        )
+        text = f"{samples} with {texts} in {folders}"
         for reason, count in sorted(self.skipped.items()):
             text += f"; skipped {count}: {reason}"
             text += f" (first: {self.examples[reason]})" if reason in self.examples else ""
         return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @contextmanager
@@ -76,6 +84,8 @@ def prepare(
     out: Path | None,
     *,
     samples_per_shard: int = 10_000,
+    image_column: str | None = None,
+    text_column: str | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Write a source's images and texts into shards, with indices and text hash table.
@@ -89,18 +99,22 @@ def prepare(
             indexed in place.
         out: Where the shards go; None for tars that are indexed in place.
         samples_per_shard: Samples of every shard but a split's last.
+        image_column: Column of a table with the images' paths; unset takes the first it knows.
+        text_column: Column of a table with the texts; unset takes the first it knows.
         progress: Called now and then with the entries that are done, and of all, if that is known.
 
     Raises:
-        UsageError: There is no such source, or `out` is not empty.
+        UsageError: There is no such source, or `out` is not empty, or lies inside of the source.
         UniclError: No entry could be used, the disk is full, the folder is read-only, ...
     """
     if isinstance(source, str | Path):
         # A Path is always a path, even one called twemoji.
         spec = source if isinstance(source, str) else str(source.absolute())
-        if spec != "twemoji" and any(Path(spec).glob("*.tar")):
+        if spec not in ("", "twemoji") and any(Path(spec).glob("*.tar")):
             return _index(Path(spec), out, progress)
-        source = open_source(spec)
+        if out is not None and out.absolute().is_relative_to(Path(spec or "?").absolute()):
+            raise UsageError(f"{out} lies inside {spec}, among the images; choose another --out")
+        source = open_source(spec, image_column=image_column, text_column=text_column)
     if out is None:
         raise UsageError(f"where shall the shards of {source.name} go? name a folder with --out")
     _claim(out)
@@ -195,7 +209,10 @@ def _index(folder: Path, out: Path | None, progress: Progress | None) -> Prepare
         )
     index_shards(folder, progress=progress)
     shards = ShardSet.open(folder)
-    truncated = shards.info["truncated"]
-    skipped = {"truncated tar": len(truncated)} if truncated else {}
+    skipped, truncated = Counter(shards.info["skipped"]), shards.info["truncated"]
+    if truncated:
+        skipped["truncated tar"] = len(truncated)
     examples = {"truncated tar": truncated[0]} if truncated else {}
-    return Prepared(shards.num_samples, shards.table().num_texts, skipped, examples, {"": folder})
+    return Prepared(
+        shards.num_samples, shards.table().num_texts, dict(skipped), examples, {"": folder}
+    )

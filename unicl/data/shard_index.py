@@ -174,8 +174,8 @@ def _no_description(folder: Path) -> str:
     if inner:
         return f"{folder} has no {DATASET_FILE}; did you mean {' or '.join(inner)}?"
     return (
-        f"{folder} has no {DATASET_FILE}; make one with: unicl prepare SOURCE --out {folder} "
-        "(or index tars that lie there with unicl.data.shards.index_shards)"
+        f"{folder} has no {DATASET_FILE}; make such a folder with: unicl prepare SOURCE --out DIR "
+        f"(or, if tars lie there: unicl prepare {folder})"
     )
 
 

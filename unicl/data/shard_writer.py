@@ -1,5 +1,6 @@
 """Writing shards: WebDataset tars, the index beside each, the text hash table, `dataset.json`."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -158,7 +159,8 @@ def index_shards(folder: Path, *, progress: Callable[[int, int], None] | None = 
     """Index the WebDataset tars of a folder where they lie, so that `ShardSet` can open it.
 
     The tars are read once, in the order of their names, and not touched. Of a damaged tar the
-    samples before the damage are indexed; its name goes into `truncated` of the info.
+    samples before the damage are indexed; its name goes into `truncated` of the info. Samples
+    without image or text are indexed as well and counted in `skipped`; a loader leaves them out.
 
     Args:
         folder: The folder of tars; the index files are written into it.
@@ -166,24 +168,41 @@ def index_shards(folder: Path, *, progress: Callable[[int, int], None] | None = 
 
     Raises:
         UsageError: The folder is missing or has no tars.
-        UniclError: A file is not a tar, a tar cannot be read, or the folder is read-only.
+        UniclError: No sample has an image and a text, a file is not a tar, a tar cannot be read, or
+            the folder is read-only.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UsageError(f"{folder} has no *.tar to index; name the folder of WebDataset tars")
     table = TextHashTable()
-    shards, truncated = [], []
+    shards, truncated, skipped = [], [], Counter[str]()
     for number, path in enumerate(paths, start=1):
         samples, whole = scan_tar(path)
         if not whole:
             truncated.append(path.name)
         _add_texts(table, path, samples)
+        skipped.update(_lacks(sample) for sample in samples)
         ShardIndex.of(samples).save(folder / index_name(path.name))
         shards.append(Shard(path.name, len(samples), path.stat().st_size))
         if progress is not None:
             progress(number, len(paths))
+    if not skipped.pop("", 0):
+        for path in paths:
+            (folder / index_name(path.name)).unlink()
+        what = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "none"
+        raise UniclError(
+            f"the tars in {folder} hold no sample with an image and a text ({what}); "
+            f"the two are files with one name, such as 000.jpg and 000.txt"
+        )
     table.save(folder)
-    write_description(folder, shards, table, {"source": "indexed tars", "truncated": truncated})
+    info = {"source": "indexed tars", "truncated": truncated, "skipped": skipped}
+    write_description(folder, shards, table, info)
+
+
+def _lacks(sample: Members) -> str:
+    if sample.text == MISSING:
+        return "no text"
+    return "no image" if sample.image == MISSING else ""
 
 
 def _add_texts(table: TextHashTable, path: Path, samples: list[Members]) -> None:

@@ -86,6 +86,8 @@ def open_source(
     Raises:
         UsageError: There is no such source, or it does not look like one.
     """
+    if not spec:
+        raise UsageError("the source is empty; give a folder, a .csv, a .tsv, or twemoji")
     if spec == "twemoji":
         from unicl.data.twemoji import Twemoji
 
@@ -155,11 +157,13 @@ class Table:
         self.name = str(path)
         self._path = path
         self.info: dict[str, Any] = {"source": path.name}
-        columns = next(self._rows(), None)
+        _, columns = next(self._rows(), (0, []))
         if not columns:
             raise UsageError(f"{path} is empty; expected a header and one row per image")
-        self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image_column")
-        self._text = _find_column(path, columns, text_column, TEXT_COLUMNS, "text_column")
+        if any("\0" in column or not column.isprintable() for column in columns):
+            raise UsageError(f"{path} is no table in UTF-8 text; save it as one")
+        self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image column")
+        self._text = _find_column(path, columns, text_column, TEXT_COLUMNS, "text column")
 
     def num_entries(self, split: str) -> None:
         """Return None: counting the rows would mean reading the file twice."""
@@ -168,9 +172,10 @@ class Table:
         """Go through the rows."""
         rows = self._rows()
         next(rows)
-        for number, row in enumerate(rows):
-            where = f"row {number + 2}"
-            if not row:
+        for number, (line, row) in enumerate(rows):
+            where = f"line {line}"
+            if row is None:
+                yield SkippedEntry("malformed row", where)
                 continue
             if len(row) <= max(self._image, self._text):
                 yield SkippedEntry("row too short", where)
@@ -178,7 +183,8 @@ class Table:
             path = self._path.parent / row[self._image]
             yield _entry(number, path, row[self._text], where=f"{where}: {row[self._image]}")
 
-    def _rows(self) -> Iterator[list[str]]:
+    def _rows(self) -> Iterator[tuple[int, list[str] | None]]:
+        """Go through the rows that are not blank, each with its line; None if it is malformed."""
         delimiter = _DELIMITERS[self._path.suffix.lower()]
         # A title of a web page can be longer than the 128 KiB that the csv module allows.
         csv.field_size_limit(1 << 24)
@@ -187,11 +193,26 @@ class Table:
             with open(
                 self._path, encoding="utf-8-sig", errors="surrogateescape", newline=""
             ) as file:
-                yield from csv.reader(file, delimiter=delimiter)
+                # Strict, or a quote that is never closed would swallow all rows after it unseen.
+                reader = csv.reader(file, delimiter=delimiter, strict=True)
+                while True:
+                    line = reader.line_num + 1
+                    try:
+                        row = next(reader)
+                    except StopIteration:
+                        return
+                    except csv.Error as error:
+                        if reader.line_num > line:
+                            raise UniclError(
+                                f"{self._path}: the row from line {line} on does not end: {error}; "
+                                "close its quote, and write a quote inside of quotes twice"
+                            ) from error
+                        yield line, None
+                    else:
+                        if row:
+                            yield line, row
         except OSError as error:
             raise UsageError(f"cannot read {self._path}: {error.strerror}") from error
-        except csv.Error as error:
-            raise UniclError(f"{self._path} is no table that can be read: {error}") from error
 
 
 def _find_column(
@@ -203,7 +224,7 @@ def _find_column(
             return names.index(name)
     raise UsageError(
         f"{path} has no column {wanted or ' or '.join(known)}; it has {', '.join(columns)}: "
-        f"set {setting} to one of them"
+        f"name the {setting}"
     )
 
 

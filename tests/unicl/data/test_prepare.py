@@ -8,6 +8,8 @@ import time
 import pytest
 from PIL import Image
 
+from tests.unicl.data.test_sources import picture
+from unicl.cli import main
 from unicl.data.prepare import is_finished, prepare
 from unicl.data.shards import ShardSet
 from unicl.data.sources import Entry, SkippedEntry
@@ -119,6 +121,26 @@ def test_what_is_there_is_never_touched(tmp_path):
         prepare(Letters(), None)
 
 
+def test_shards_among_the_images_are_refused(tmp_path):
+    picture(tmp_path / "photos" / "cat" / "a.png")
+    for out in (tmp_path / "photos", tmp_path / "photos" / "shards"):
+        with pytest.raises(UsageError, match=r"lies inside .*photos, among the images"):
+            prepare(tmp_path / "photos", out)
+    prepared = prepare(tmp_path / "photos", tmp_path / "photos-shards")
+    assert str(prepared).startswith("1 sample with 1 different text in ")
+    with pytest.raises(UsageError, match="the source is empty"):
+        prepare("", tmp_path / "out")
+
+
+def test_columns_of_a_table_can_be_named(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "t.tsv").write_text("name\tfile\ncat\ta.png\n")
+    words = ["prepare", str(tmp_path / "t.tsv"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert main([*words, "--image-column", "file", "--text-column", "name"]) == 0
+    assert ShardSet.open(tmp_path / "out").table().texts == ("cat",)
+
+
 @pytest.mark.parametrize("fail_at", [("train", 0), ("train", 105), ("test", 5)])
 def test_interrupted_preparation_leaves_nothing(tmp_path, fail_at):
     source = Letters(fail_at)
@@ -162,7 +184,7 @@ def test_folder_that_refuses_is_one_line(tmp_path, monkeypatch):
 def test_nothing_usable_is_an_error(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\na.png,x\nb.png,\nc.png,y\n")
     message = (
-        r"none of the 3 entries of .*t\.csv can be used; 2: missing file \(first: row 2: a\.png\)"
+        r"none of the 3 entries of .*t\.csv can be used; 2: missing file \(first: line 2: a\.png\)"
     )
     with pytest.raises(UniclError, match=message):
         prepare(tmp_path / "t.csv", tmp_path / "out")

@@ -107,7 +107,7 @@ def test_nothing_is_named_shard_before_it_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, interrupted())
     assert names(tmp_path) == ["shard-000000.index", "shard-000000.tar"]
-    with pytest.raises(UsageError, match=r"has no dataset\.json; make one with: unicl prepare"):
+    with pytest.raises(UsageError, match=r"has no dataset\.json; make such a folder with: "):
         ShardSet.open(tmp_path)
 
 
@@ -330,7 +330,16 @@ def test_foreign_tars_are_indexed_where_they_lie(tmp_path):
     ]
     assert shards.table().texts == ("text 1", "text without image")
     assert shards.info["truncated"] == []
+    assert shards.info["skipped"] == {"no text": 3, "no image": 1}
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("members", [[("readme.md", b"hello")], [("1.jpg", b"one")], []])
+def test_tars_without_any_pair_are_refused(tmp_path, members):
+    make_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UniclError, match="no sample with an image and a text"):
+        index_shards(tmp_path)
+    assert names(tmp_path) == ["a.tar"]
 
 
 def test_our_shards_can_be_indexed_again(tmp_path):

@@ -120,6 +120,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         b"folder.png,text",
         b"a\0.png,text",
         b"a.png",
+        b'a.png,"so" it is said',
         b"",
         "a.png,grün".encode(),
     ]
@@ -134,28 +135,31 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         "not an image": 2,
         "unreadable file": 2,
         "row too short": 1,
+        "malformed row": 1,
     }
     where = [entry.where for entry in Table(path).entries("") if isinstance(entry, SkippedEntry)]
-    assert where[0] == "row 3: a.png"
+    assert where[0] == "line 3: a.png"
 
 
 def test_missing_column_names_those_there_are(tmp_path):
     path = table(tmp_path / "t.csv", ("url", "caption"), ("a", "b"))
     with pytest.raises(
-        UsageError, match=r"no column image or .* it has url, caption: set image_col"
+        UsageError, match=r"no column image or .* it has url, caption: name the image col"
     ):
         open_source(str(path))
-    with pytest.raises(UsageError, match="no column name; it has url, caption: set text_column"):
+    with pytest.raises(UsageError, match=r"no column name; .*: name the text column"):
         open_source(str(path), image_column="url", text_column="name")
 
 
 def test_what_is_no_source(tmp_path):
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "utf16.csv").write_text("image,caption\na.png,cat\n", "utf-16")
     (tmp_path / "a.txt").touch()
     (tmp_path / "folder").mkdir()
     for spec, message in [
         ("missing", "does not exist; give a folder"),
         ("empty.csv", "is empty; expected a header"),
+        ("utf16.csv", "is no table in UTF-8 text"),
         ("a.txt", r"is no folder, \.csv or \.tsv"),
         ("folder", "has no images; expected .*/CLASS_NAME/IMAGE"),
     ]:
@@ -164,11 +168,21 @@ def test_what_is_no_source(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_table_that_cannot_be_parsed(tmp_path):
+@pytest.mark.parametrize("text", ["b", "x" * 99 + "\n" + "x" * (1 << 24)])
+def test_a_quote_that_never_closes_swallows_no_rows(tmp_path, text):
     path = tmp_path / "t.csv"
-    path.write_text('image,caption\na.png,"' + "x" * (1 << 24) + "x\n")
-    with pytest.raises(UniclError, match=r"t\.csv is no table that can be read"):
+    path.write_text(f'image,caption\na.png,good\na.png,"{text}\n' + "a.png,good\n" * 3)
+    with pytest.raises(UniclError, match=r"t\.csv: the row from line 3 on does not end: "):
         list(Table(path).entries(""))
+
+
+def test_blank_lines_do_not_count(tmp_path):
+    picture(tmp_path / "a.png")
+    path = tmp_path / "t.csv"
+    path.write_text('\n\nimage,caption\n\na.png,"two\nlines"\n\nmissing.png,cat\n')
+    good, missing = Table(path).entries("")
+    assert good.text == "two\nlines"
+    assert missing.where == "line 8: missing.png"
 
 
 @pytest.mark.parametrize(
