@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from unicl.config import Recipe, parse_recipe, recipe_to_toml
-from unicl.data.atomic import atomic_file
+from unicl.data.atomic import atomic_file, write_error
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
@@ -30,7 +30,7 @@ from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
 from unicl.pretraining import Pretraining
-from unicl.towers.image import ImageTower
+from unicl.towers.image import ImageTower, check_image_size
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower
 
@@ -97,6 +97,7 @@ def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
     device = choose_device(recipe.trainer.device)
     torch.manual_seed(recipe.trainer.seed)
     model = build_model(recipe).to(device)
+    check_image_size(model.image, recipe.image_tower.image_size)
     return Trainer(
         Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile),
         build_train_loader(recipe),
@@ -323,7 +324,10 @@ def _claim(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.toml"
     if checkpoints(folder / "checkpoints"):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     with atomic_file(path) as file:
         file.write(recipe_to_toml(recipe).encode())
 

@@ -213,7 +213,7 @@ def _machine() -> dict[str, str]:
 def _print_summary(outcome: Outcome, comparison: Outcome | None) -> None:
     outcomes = [outcome, *([comparison] if comparison else [])]
     table = Table(title="Held-out images against all names", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("images", justify="right")
     for each in outcomes:
         table.add_column(f"{each.name} top-1", justify="right")

@@ -181,6 +181,7 @@ class Trainer:
             return False
         if name not in self.evaluation:
             known = ", ".join(self.evaluation)
+            self.save()  # The mistake shows late; it must not cost the steps until here.
             raise UsageError(f"trainer.keep_best is {name!r}; the evaluation gives {known}")
         improved = self.best is None or self.evaluation[name] > self.best[0]
         if improved:

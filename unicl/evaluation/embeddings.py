@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from unicl.data.loader import Batch, Tokenize
 from unicl.errors import UniclError
 
+# Two similarities that differ by less than rounding are a tie.
+TIE = 1e-6
+
 # Texts are sorted by length inside blocks of this many batches: long enough that every batch holds
 # texts of one length (the text tower trims a batch to its longest), short enough to stay in memory.
 _BATCHES_PER_BLOCK = 64

@@ -20,15 +20,13 @@ from unicl.data.hash_table import text_label
 from unicl.data.loader import Tokenize
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import (
+    TIE,
     Embedded,
     Samples,
     TwoTowers,
     embed_images,
     embed_texts,
 )
-
-# Two items whose similarities to a query differ by less than rounding are tied.
-TIE = 1e-6
 
 # Best items looked at per query, however small k is; a longer tie counts as a miss.
 _TIES = 63

@@ -13,15 +13,13 @@ from unicl.data.loader import Tokenize
 from unicl.data.prompts import fill
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import (
+    TIE,
     Embedded,
     Samples,
     TwoTowers,
     embed_images,
     embed_texts,
 )
-
-# Two classes whose similarities to an image differ by less than rounding are tied.
-TIE = 1e-6
 
 # Prompts whose embeddings exist at one time while a classifier is built.
 _PROMPTS_AT_ONCE = 16_384

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import cosswin  # also registers coswin_* with timm
 from unicl.errors import UniclError, UsageError
@@ -91,6 +92,25 @@ class ImageTower(nn.Module):
         return self.projection(self.backbone(images))
 
 
+def check_image_size(tower: nn.Module, size: int) -> None:
+    """Try a size of input on tensors that have shapes, but neither memory nor values.
+
+    Raises:
+        UsageError: The tower cannot take square images of `size` pixels.
+    """
+    training = tower.training
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            tower.eval()(torch.zeros(1, 3, size, size, device=next(tower.parameters()).device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"image_tower.image_size {size} does not suit image_tower.model: {reason}"
+        ) from error
+    finally:
+        tower.train(training)
+
+
 def load_backbone(backbone: nn.Module, path: Path) -> None:
     """Load a backbone's weights, carried to its window and resolution where its family can do that.
 
@@ -161,7 +181,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise UsageError(f"cannot read image_tower.weights {path}: {error.strerror}") from error
+        # safetensors raises some without the system's words for it.
+        reason = error.strerror or ("no such file" if not path.exists() else str(error))
+        raise UsageError(f"cannot read image_tower.weights {path}: {reason}") from error
     except SafetensorError as error:
         raise UniclError(f"{path} is damaged: {error}; fetch or write it again") from error
 

@@ -165,6 +165,7 @@ def test_an_unknown_best_metric_names_those_there_are(tmp_path):
     )
     with pytest.raises(UsageError, match="zero_shot/top1"):
         trainer.fit()
+    assert checkpoints(tmp_path / "checkpoints"), "the steps until here are not lost"
 
 
 def test_a_nonfinite_gradient_stops_the_run_and_names_the_samples(tmp_path):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
 from unicl.errors import UniclError, UsageError
-from unicl.towers.image import ImageTower
+from unicl.towers.image import ImageTower, check_image_size
 
 MODELS = ("coswin_nano", "test_vit", "test_resnet", "test_mambaout")
 
@@ -156,3 +156,22 @@ def test_bad_weights_are_one_line(name, write, model, error, message, tmp_path):
         small_tower(model, weights=path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "size"), [("vit_tiny_patch16_224", 8), ("convnext_atto", 16)])
+def test_a_size_that_a_model_cannot_take_is_named(model, size):
+    image_tower = small_tower(model, image_size=size)
+    with pytest.raises(UsageError, match=f"image_size {size} does not suit ") as caught:
+        check_image_size(image_tower, size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["coswin_nano", "resnet10t"])
+def test_checking_a_size_changes_nothing(model):
+    image_tower = small_tower(model).train()
+    before = {name: value.clone() for name, value in image_tower.state_dict().items()}
+    check_image_size(image_tower, 32)
+    assert image_tower.training
+    for name, value in image_tower.state_dict().items():
+        assert type(value) is torch.Tensor
+        assert torch.equal(value, before[name]), name
