@@ -117,7 +117,8 @@ class _ExplicitAttention(torch.autograd.Function):
             grad_weights = torch.bmm(grad_out, v.mT)
             grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             per_map = grad_logits.view(-1, *grad_bias[:, group].shape)
-            grad_bias[:, group] = per_map.sum(0, dtype=ctx.bias_dtype)
+            # Adds up in float32; asked for its result in float32, it would copy all of its input.
+            grad_bias[:, group] = per_map.sum(0)
             grad_logits.mul_(width**-0.5)
             for part, grad_part in enumerate(
                 (

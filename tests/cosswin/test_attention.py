@@ -140,7 +140,13 @@ def test_bfloat16_stays_close():
     x = torch.randn(2, 8, 8, 32)
     with torch.autocast("cpu", torch.bfloat16):
         low = attention(x)
-    torch.testing.assert_close(low.float(), attention(x), rtol=0.02, atol=0.005)
+    high = attention(x)
+    torch.testing.assert_close(low.float(), high, rtol=0.02, atol=0.005)
+    table = attention.relative_position_bias_table
+    ((low_grad,), (high_grad,)) = (
+        torch.autograd.grad(out.float().square().sum(), table) for out in (low, high)
+    )
+    assert (low_grad - high_grad).norm() < 0.02 * high_grad.norm()
 
 
 def test_bias_gradient_is_deterministic():
