@@ -88,17 +88,17 @@ class _ExplicitAttention(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, bias: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         num_heads = bias.shape[1]
         split = rearrange(qkv, "n area (three h d) -> three n h area d", three=3, h=num_heads)
-        out = torch.empty_like(split[0]).transpose(1, 2)
-        groups, saved = _head_groups(len(qkv), num_heads), []
+        _, n, _, area, width = split.shape
+        out = qkv.new_empty(n, area, num_heads, width)
+        groups, saved = _head_groups(n, num_heads), []
         for group in groups:
             # Of a single head these are views, and nothing is copied before the products.
             q, k, v = (part[:, group].flatten(0, 1) for part in split)
             # A softmax in bfloat16 is less exact and slower than one in float32 with its casts.
             logits = torch.bmm(q, k.mT).to(bias.dtype).view(-1, *bias[:, group].shape)
-            torch.add(bias[:, group], logits, alpha=q.shape[-1] ** -0.5, out=logits)
+            torch.add(bias[:, group], logits, alpha=width**-0.5, out=logits)
             weights = logits.softmax(-1).to(qkv.dtype).flatten(0, 2)
-            heads_out = torch.bmm(weights, v).unflatten(0, (len(qkv), -1))
-            out[:, :, group] = heads_out.transpose(1, 2)
+            out[:, :, group] = _by_window(torch.bmm(weights, v), group)
             saved += [q, k, v, weights]
         ctx.save_for_backward(*saved)
         ctx.groups, ctx.bias_shape, ctx.bias_dtype = groups, bias.shape, bias.dtype
@@ -120,15 +120,15 @@ class _ExplicitAttention(torch.autograd.Function):
             # Adds up in float32; asked for its result in float32, it would copy all of its input.
             grad_bias[:, group] = per_map.sum(0)
             grad_logits.mul_(width**-0.5)
-            for part, grad_part in enumerate(
-                (
-                    torch.bmm(grad_logits, k),
-                    torch.bmm(grad_logits.mT, q),
-                    torch.bmm(weights.mT, grad_out),
-                )
-            ):
-                grad_qkv[:, :, part, group] = grad_part.unflatten(0, (n, -1)).transpose(1, 2)
+            grad_qkv[:, :, 0, group] = _by_window(torch.bmm(grad_logits, k), group)
+            grad_qkv[:, :, 1, group] = _by_window(torch.bmm(grad_logits.mT, q), group)
+            grad_qkv[:, :, 2, group] = _by_window(torch.bmm(weights.mT, grad_out), group)
         return grad_qkv.flatten(2), grad_bias
+
+
+def _by_window(heads: Tensor, group: slice) -> Tensor:
+    """Turn a group's [n_windows * heads, area, d] into [n_windows, area, heads, d]."""
+    return heads.unflatten(0, (-1, group.stop - group.start)).transpose(1, 2)
 
 
 def _head_groups(n_windows: int, num_heads: int) -> list[slice]:
@@ -137,5 +137,6 @@ def _head_groups(n_windows: int, num_heads: int) -> list[slice]:
     Of few windows all of them, for each call costs something; of many windows one after another,
     so that a head's logits stay nearer to the cache.
     """
-    size = max(1, _WINDOWS_AT_ONCE // n_windows)
-    return [slice(start, start + size) for start in range(0, num_heads, size)]
+    size = max(1, _WINDOWS_AT_ONCE // max(1, n_windows))
+    starts = range(0, num_heads, size)
+    return [slice(start, min(start + size, num_heads)) for start in starts]

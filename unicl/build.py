@@ -1,5 +1,6 @@
 """The only place where configuration becomes objects."""
 
+import contextlib
 import functools
 import logging
 import re
@@ -45,6 +46,7 @@ _FREE_ON_RESUME = {
     "text_tower.checkpointing",
     "trainer.device",
     "trainer.eval_every",
+    "trainer.keep_best",
     "trainer.keep_last",
     "trainer.log_every",
     "trainer.save_every",
@@ -145,7 +147,9 @@ def build_train_loader(recipe: Recipe) -> Loader:
     if batch_size > shards.num_samples:
         logger.warning(
             "trainer.batch_size %d is larger than %s with its %d samples: they repeat in a batch",
-            *(batch_size, data.train, shards.num_samples),
+            batch_size,
+            data.train,
+            shards.num_samples,
         )
     return _build_loader(
         recipe,
@@ -240,7 +244,7 @@ def build_held_out(recipe: Recipe) -> HeldOut:
 
 def choose_device(device: str) -> torch.device:
     """Turn "auto" into a GPU where there is one, and refuse a device that is not there."""
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -266,26 +270,32 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
     path = Path(path)
     run = path.parent.parent if path.name.startswith("step-") else path
     recipe = read_recipe(run)
-    try:
-        if run == path:
-            path = _best_checkpoint(run)
-        verify_checkpoint(path, only="model.safetensors")
-    except DamagedCheckpointError as error:
-        raise UniclError(
-            f"{error}; repeat the training, which goes on from a whole checkpoint, or load another"
-        ) from error
+    path = _best_checkpoint(run) if run == path else path
+    if not path.is_dir():
+        raise UniclError(f"there is no checkpoint {path}")
+    verify_checkpoint(path, only="model.safetensors")
     model = build_model(recipe)
     load_weights(path / "model.safetensors", model)
     return model.eval(), recipe
 
 
 def _best_checkpoint(run: Path) -> Path:
+    """Return a run's best checkpoint if it kept one, else its newest; of those that are whole."""
     found = checkpoints(run / "checkpoints")
     if not found:
         raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
-    best = load_state(found[-1])["best"]
-    wanted = run / "checkpoints" / f"step-{best[1]:08d}" if best else found[-1]
-    return wanted if wanted in found else found[-1]
+    candidates = found[::-1]
+    with contextlib.suppress(DamagedCheckpointError):
+        if best := load_state(found[-1])["best"]:
+            candidates.insert(0, run / "checkpoints" / f"step-{best[1]:08d}")
+    for path in candidates:
+        try:
+            verify_checkpoint(path, only="model.safetensors")
+        except DamagedCheckpointError as error:
+            logger.warning("%s; looking for another checkpoint", error)
+        else:
+            return path
+    raise UniclError(f"no checkpoint of {run} is whole; train it again, with another --out")
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -6,6 +6,7 @@ same loss written out densely, for tests and for reading.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def unicl_loss(
     """
     text_labels = labels if text_labels is None else text_labels
     _check(image_embeddings, text_embeddings, labels, text_labels, scale)
-    if not isinstance(tile, int) or tile < 1:
+    if not isinstance(tile, Integral) or tile < 1:
         raise UsageError(f"tile must be a positive whole number, got {tile}")
     dtype = _work_dtype(image_embeddings, text_embeddings)
     scale = torch.as_tensor(scale, device=image_embeddings.device)
@@ -121,8 +122,8 @@ def _check(
             f"image and text embeddings must have one width, "
             f"got {image_embeddings.shape[1]} and {text_embeddings.shape[1]}"
         )
-    if not (isinstance(scale, int | float) or _is_tensor(scale, ndim=0, floating=True)):
-        raise UsageError(f"scale must be a number or a tensor of one, {_got(scale)}")
+    if not (isinstance(scale, Real) or _is_tensor(scale, ndim=0, floating=True)):
+        raise UsageError(f"scale must be a number or a float tensor without axes, {_got(scale)}")
 
 
 def _is_tensor(value: Any, *, ndim: int, floating: bool) -> bool:

@@ -1,6 +1,7 @@
 """The trained model's public face: images and texts in, arrays out."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,9 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 """A path, a PIL image, or an array [height, width] or [height, width, 3 or 4] of bytes."""
 
 Images = Sequence[ImageInput] | NDArray[np.uint8]
-"""A list of them, or an array [n, height, width, 3 or 4] of bytes."""
+"""A list of them, or an array of bytes with one more axis in front."""
 
 _IMAGES = (str, Path, Image.Image, np.ndarray)
-_BATCH_AXES = 4
 
 
 class Predictor:
@@ -172,24 +172,21 @@ def _picture(array: NDArray[np.uint8]) -> Image.Image:
 
 
 def _require_count(value: object, what: str) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{what} must be a positive whole number, got {value!r}")
 
 
 def _listed(values: Any, what: str, kinds: tuple[type, ...], kind: str) -> list[Any]:
     """Return values as a list, or say which of them is of the wrong kind.
 
-    An array of several images or of texts is a list, too.
+    An array of texts or of several images is a list, too.
     """
     got = type(values).__name__
-    one = isinstance(values, (*_IMAGES, bytes))
-    if isinstance(values, np.ndarray):
-        one = values.ndim != (1 if kinds == (str,) else _BATCH_AXES)
     # A single path is a sequence of letters to Python, and would be read as many one-letter paths;
     # an array of one image would be read as many one-line images.
-    if one:
+    if isinstance(values, str | bytes | Path | Image.Image) or _is_one_image(values):
         raise UsageError(f"{what} must be a list, got one {got}: put it in brackets")
-    if not isinstance(values, Sequence | np.ndarray):
+    if not isinstance(values, Sequence | np.ndarray) or getattr(values, "ndim", 1) == 0:
         raise UsageError(f"{what} must be a list, got {got}")
     if len(values) == 0:
         raise UsageError(f"{what} is empty: give at least one")
@@ -197,6 +194,12 @@ def _listed(values: Any, what: str, kinds: tuple[type, ...], kind: str) -> list[
         if not isinstance(value, kinds):
             raise UsageError(f"{what}[{number}] must be {kind}, got {type(value).__name__}")
     return list(values)
+
+
+def _is_one_image(values: Any) -> bool:
+    if not isinstance(values, np.ndarray):
+        return False
+    return values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
 
 
 def _templates(templates: str | Sequence[str]) -> Sequence[str]:

@@ -109,6 +109,14 @@ def test_any_map_equals_the_definition(size, shift):
     torch.testing.assert_close(attention(x), _dense_attention(attention, x), **EXACT)
 
 
+def test_no_maps_give_no_maps():
+    attention = WindowAttention(8, num_heads=2, window_size=(4, 4), shift=(2, 2))
+    x = torch.zeros(0, 8, 8, 8, requires_grad=True)
+    out = attention(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])
 def test_gradient_equals_differences(size):
     torch.manual_seed(3)

@@ -146,14 +146,38 @@ def test_a_run_inside_the_folder_is_suggested(tmp_path):
         load_model(tmp_path)
 
 
-def test_damaged_weights_are_not_used(corpus, tmp_path):
-    run = train(recipe_for(corpus, trainer__steps="2"), tmp_path / "run")
-    weights = checkpoints(run.path / "checkpoints")[-1] / "model.safetensors"
-    data = bytearray(weights.read_bytes())
+def test_damaged_weights_are_not_used(corpus, tmp_path, caplog):
+    run = train(recipe_for(corpus), tmp_path / "run").path
+    older, newest = checkpoints(run / "checkpoints")
+    whole = load_model(older)[0].state_dict()
+    overwrite(newest / "model.safetensors")
+    with pytest.raises(UniclError, match=r"model\.safetensors is damaged: its SHA-256"):
+        load_model(newest)
+    loaded = load_model(run)[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in whole.items())
+    assert (
+        "is damaged: its SHA-256 is not the one in SHA256SUMS; looking for another checkpoint"
+        in caplog.text
+    )
+    overwrite(older / "model.safetensors")
+    with pytest.raises(UniclError, match=r"no checkpoint of .*run is whole; train it again"):
+        load_model(run)
+    with pytest.raises(UniclError, match=r"there is no checkpoint .*step-00000099"):
+        load_model(newest.with_name("step-00000099"))
+
+
+def overwrite(path):
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(UniclError, match=r"model\.safetensors is damaged: .*; repeat the training"):
-        load_model(run.path)
+    path.write_bytes(data)
+
+
+def test_the_metric_of_the_best_can_be_changed(corpus, tmp_path):
+    """A name that is wrong shows at the first evaluation; it must not lock the run."""
+    with pytest.raises(UsageError, match="keep_best is 'top1'"):
+        train(recipe_for(corpus, trainer__keep_best="top1", trainer__eval_every="3"), tmp_path)
+    recipe = recipe_for(corpus, trainer__keep_best="zero_shot/top1", trainer__eval_every="3")
+    assert train(recipe, tmp_path).step == 6
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "mps", ""])

@@ -119,6 +119,8 @@ ONE_IMAGE = noise(0, 4, 4, 3)
         (b"\x89PNG", "one bytes: put it in brackets"),
         (Path("cat.jpg"), "one PosixPath: put it in brackets"),
         (ONE_IMAGE, "one ndarray: put it in brackets"),
+        (ONE_IMAGE[0], "one ndarray: put it in brackets"),
+        (np.array(3), "must be a list, got ndarray"),
         (Image.fromarray(ONE_IMAGE), "one Image: put it in brackets"),
         (None, "must be a list, got NoneType"),
         (3, "must be a list, got int"),
@@ -143,7 +145,9 @@ def test_an_array_of_images_is_a_list_of_them() -> None:
     images = noise(0, 3, 4, 4, 3)
     listed = predictor().embed_images(list(images))
     np.testing.assert_array_equal(predictor().embed_images(images), listed)
+    assert predictor().embed_images(noise(0, 3, 5, 5)).shape == (3, 16)
     assert _listed(np.array(["cat", "dog"]), "names", (str,), "a text") == ["cat", "dog"]
+    _require_count(np.int64(3), "top_k")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_a_template_has_one_place_for_the_name(template: str) -> None:
         predictor().classify([ONE_IMAGE], ["cat"], templates=[template])
 
 
-@pytest.mark.parametrize("top_k", [0, -1, 1.5, None])
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, None, True, np.int64(0)])
 def test_top_k_is_a_positive_number(top_k: object) -> None:
     with pytest.raises(UsageError, match="top_k must be a positive whole number"):
         _require_count(top_k, "top_k")

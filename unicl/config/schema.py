@@ -18,14 +18,16 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        positive = value is None or 0 < value < math.inf
-        _require(positive, f"{section}.{name} must be positive, got {value}")
+        if value is not None:
+            _require(value > 0, f"{section}.{name} must be positive, got {value}")
+            _require(value < math.inf, f"{section}.{name} must be finite, got {value}")
 
 
 def _require_not_negative(config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(0 <= value < math.inf, f"{section}.{name} must not be negative, got {value}")
+        _require(value >= 0, f"{section}.{name} must not be negative, got {value}")
+        _require(value < math.inf, f"{section}.{name} must be finite, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,8 @@ def prepare(
         spec = source if isinstance(source, str) else str(source.absolute())
         if spec not in ("", "twemoji") and any(Path(spec).glob("*.tar")):
             return _index(Path(spec), out, progress)
-        if out is not None and out.absolute().is_relative_to(Path(spec or "?").absolute()):
+        inside = out is not None and out.resolve().is_relative_to(Path(spec).resolve())
+        if spec != "twemoji" and Path(spec).is_dir() and inside:
             raise UsageError(f"{out} lies inside {spec}, among the images; choose another --out")
         source = open_source(spec, image_column=image_column, text_column=text_column)
     if out is None:

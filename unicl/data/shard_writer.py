@@ -187,8 +187,6 @@ def index_shards(folder: Path, *, progress: Callable[[int, int], None] | None = 
         if progress is not None:
             progress(number, len(paths))
     if not skipped.pop("", 0):
-        for path in paths:
-            (folder / index_name(path.name)).unlink()
         what = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "none"
         raise UniclError(
             f"the tars in {folder} hold no sample with an image and a text ({what}); "

@@ -158,9 +158,11 @@ class Table:
         self._path = path
         self.info: dict[str, Any] = {"source": path.name}
         _, columns = next(self._rows(), (0, []))
+        if columns is None:
+            raise UsageError(f"the header of {path} is malformed; check its quotes")
         if not columns:
             raise UsageError(f"{path} is empty; expected a header and one row per image")
-        if any("\0" in column or not column.isprintable() for column in columns):
+        if not all(_is_text(column) for column in columns):
             raise UsageError(f"{path} is no table in UTF-8 text; save it as one")
         self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image column")
         self._text = _find_column(path, columns, text_column, TEXT_COLUMNS, "text column")
@@ -202,7 +204,8 @@ class Table:
                     except StopIteration:
                         return
                     except csv.Error as error:
-                        if reader.line_num > line:
+                        # Of a misplaced quote the row alone is lost, of a missing one the rest.
+                        if reader.line_num > line and "expected after" not in str(error):
                             raise UniclError(
                                 f"{self._path}: the row from line {line} on does not end: {error}; "
                                 "close its quote, and write a quote inside of quotes twice"
@@ -213,6 +216,11 @@ class Table:
                             yield line, row
         except OSError as error:
             raise UsageError(f"cannot read {self._path}: {error.strerror}") from error
+
+
+def _is_text(column: str) -> bool:
+    surrogates = any("\ud800" <= character <= "\udfff" for character in column)
+    return "\0" not in column and not surrogates
 
 
 def _find_column(

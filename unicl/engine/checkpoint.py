@@ -11,13 +11,15 @@ at any instant finds either the whole of it or the one before. What a disk damag
 digests tell.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def load_checkpoint(
     """Load a checkpoint into model and optimizer, and return its state.
 
     Raises:
-        DamagedCheckpointError: a file is missing or not as it was written; nothing is loaded then.
+        DamagedCheckpointError: a file is missing or not as it was written.
         UniclError: the checkpoint is of another architecture.
     """
     verify_checkpoint(path)
@@ -138,34 +140,51 @@ def load_checkpoint(
 def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
     """Compare a checkpoint's files, or only one of them, with the digests written beside them.
 
+    A folder without digests, put together by hand, is taken as it is.
+
     Raises:
         DamagedCheckpointError: a file is missing or not as it was written.
+        UniclError: a file cannot be read for now.
     """
     sums = path / _SUMS
-    try:
-        lines = [line.split(maxsplit=1) for line in sums.read_text().splitlines()]
+    with _damage(path):
+        digests = {name: _digest(path / name) for name in ([only] if only else _FILES)}
+        if not sums.exists():
+            logger.warning("%s has no %s; its files are taken as they are", path, _SUMS)
+            return
+        lines = (line.split(maxsplit=1) for line in sums.read_text().splitlines())
         expected = {name: digest for digest, name in lines}
-        for name in (
-            [only] if only else ["model.safetensors", "optimizer.safetensors", "state.json"]
-        ):
-            if _digest(path / name) != expected.get(name):
-                raise DamagedCheckpointError(f"{path / name} is damaged: its SHA-256 has changed")
-    except OSError as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: cannot read {Path(error.filename or sums).name}: {_reason(error)}"
-        ) from error
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{sums} is damaged") from error
+        for name, digest in digests.items():
+            if expected.get(name) != digest:
+                raise DamagedCheckpointError(
+                    f"{path / name} is damaged: its SHA-256 is not the one in {_SUMS}"
+                )
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's `state.json`.
+    """Read a checkpoint's `state.json`, unverified.
 
     Raises:
-        DamagedCheckpointError: it is missing or not as it was written.
+        DamagedCheckpointError: it is missing or no JSON.
     """
-    verify_checkpoint(path, only="state.json")
-    return json.loads((path / "state.json").read_text())
+    with _damage(path):
+        return dict(json.loads((path / "state.json").read_text()))
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Tell damage from what may be well the next time, such as too many open files."""
+    try:
+        yield
+    except OSError as error:
+        name = Path(error.filename or path).name
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+            raise DamagedCheckpointError(
+                f"{path} is damaged: cannot read {name}: {_reason(error)}"
+            ) from error
+        raise UniclError(f"cannot read {path / name}: {_reason(error)}; try again") from error
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged: {_reason(error)}") from error
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -232,10 +251,8 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
+    with _damage(path.parent):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UniclError(f"cannot read the weights in {path}: {_reason(error)}") from error
 
 
 def _digest(path: Path) -> str:

@@ -106,7 +106,7 @@ class Trainer:
         """
         self.resume()
         if self.step >= self.config.steps:
-            logger.info("%s is finished: step %d of %d", self.folder, self.step, self.step)
+            logger.info("%s is finished: step %d of %d", self.folder, self.step, self.config.steps)
             return self._run()
         self.log = MetricsLog(self.folder, step=self.step)
         with (
@@ -197,6 +197,7 @@ class Trainer:
             "nonfinite": self.nonfinite,
             "means": self.means.state(),
             "evaluation": self.evaluation,
+            "keep_best": self.config.keep_best,
             "best": self.best,
             "precision": self.precision,
         }
@@ -219,7 +220,8 @@ class Trainer:
         self.nonfinite = state["nonfinite"]
         self.means = RunningMeans(**state["means"])
         self.evaluation = state["evaluation"]
-        self.best = tuple(state["best"]) if state["best"] else None
+        same_metric = state["keep_best"] == self.config.keep_best
+        self.best = tuple(state["best"]) if state["best"] and same_metric else None
         self.precision = state["precision"]
         if self.step < self.config.steps:
             logger.info("continuing %s from step %d", self.folder, self.step)

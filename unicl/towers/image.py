@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 import cosswin  # also registers coswin_* with timm
 from unicl.errors import UniclError, UsageError
@@ -102,8 +106,10 @@ def check_image_size(tower: nn.Module, size: int) -> None:
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tower.eval()(torch.zeros(1, 3, size, size, device=next(tower.parameters()).device))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        pass  # What such a model does can be known by running it only.
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(
             f"image_tower.image_size {size} does not suit image_tower.model: {reason}"
         ) from error

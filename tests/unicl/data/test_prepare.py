@@ -126,10 +126,12 @@ def test_shards_among_the_images_are_refused(tmp_path):
     for out in (tmp_path / "photos", tmp_path / "photos" / "shards"):
         with pytest.raises(UsageError, match=r"lies inside .*photos, among the images"):
             prepare(tmp_path / "photos", out)
-    prepared = prepare(tmp_path / "photos", tmp_path / "photos-shards")
+    prepared = prepare(tmp_path / "photos", tmp_path / "photos" / ".." / "photos-shards")
     assert str(prepared).startswith("1 sample with 1 different text in ")
     with pytest.raises(UsageError, match="the source is empty"):
         prepare("", tmp_path / "out")
+    with pytest.raises(UsageError, match="does not exist"):
+        prepare("missing", tmp_path / "missing" / "out")
 
 
 def test_columns_of_a_table_can_be_named(tmp_path):

@@ -121,6 +121,8 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         b"a\0.png,text",
         b"a.png",
         b'a.png,"so" it is said',
+        b'a.png,"in two',
+        b'lines" it is said',
         b"",
         "a.png,grün".encode(),
     ]
@@ -135,7 +137,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         "not an image": 2,
         "unreadable file": 2,
         "row too short": 1,
-        "malformed row": 1,
+        "malformed row": 2,
     }
     where = [entry.where for entry in Table(path).entries("") if isinstance(entry, SkippedEntry)]
     assert where[0] == "line 3: a.png"
@@ -153,6 +155,7 @@ def test_missing_column_names_those_there_are(tmp_path):
 
 def test_what_is_no_source(tmp_path):
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "quotes.csv").write_text('image,"te"xt\n')
     (tmp_path / "utf16.csv").write_text("image,caption\na.png,cat\n", "utf-16")
     (tmp_path / "a.txt").touch()
     (tmp_path / "folder").mkdir()
@@ -160,6 +163,7 @@ def test_what_is_no_source(tmp_path):
         ("missing", "does not exist; give a folder"),
         ("empty.csv", "is empty; expected a header"),
         ("utf16.csv", "is no table in UTF-8 text"),
+        ("quotes.csv", "the header of .* is malformed"),
         ("a.txt", r"is no folder, \.csv or \.tsv"),
         ("folder", "has no images; expected .*/CLASS_NAME/IMAGE"),
     ]:
@@ -174,6 +178,13 @@ def test_a_quote_that_never_closes_swallows_no_rows(tmp_path, text):
     path.write_text(f'image,caption\na.png,good\na.png,"{text}\n' + "a.png,good\n" * 3)
     with pytest.raises(UniclError, match=r"t\.csv: the row from line 3 on does not end: "):
         list(Table(path).entries(""))
+
+
+def test_a_header_may_hold_any_text(tmp_path):
+    picture(tmp_path / "a.png")
+    path = tmp_path / "t.csv"
+    path.write_text('"of\u00a0whom\tand\nwhat",image,caption\nme,a.png,cat\n')
+    assert [entry.text for entry in split(Table(path))[0]] == ["cat"]
 
 
 def test_blank_lines_do_not_count(tmp_path):

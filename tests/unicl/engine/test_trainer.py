@@ -165,7 +165,13 @@ def test_an_unknown_best_metric_names_those_there_are(tmp_path):
     )
     with pytest.raises(UsageError, match="zero_shot/top1"):
         trainer.fit()
-    assert checkpoints(tmp_path / "checkpoints"), "the steps until here are not lost"
+    # The steps until here are not lost: with the right name the run goes on from them.
+    evaluators = [lambda model: {"zero_shot/top1": 1.0}]
+    again = make(tmp_path, eval_every=6, keep_best="zero_shot/top1", evaluators=evaluators)
+    again.resume()
+    assert again.step == 1
+    assert again.fit().step == 12
+    assert again.best == (1.0, 6)
 
 
 def test_a_nonfinite_gradient_stops_the_run_and_names_the_samples(tmp_path):

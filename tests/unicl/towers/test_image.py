@@ -166,6 +166,21 @@ def test_a_size_that_a_model_cannot_take_is_named(model, size):
     assert "\n" not in str(caught.value)
 
 
+def test_only_the_size_is_judged():
+    class Sorting(torch.nn.Linear):
+        def forward(self, images):
+            return images.new_zeros(int(images.sum()))
+
+    check_image_size(Sorting(1, 1), 8)
+
+    class Bare(torch.nn.Linear):
+        def forward(self, images):
+            raise AssertionError
+
+    with pytest.raises(UsageError, match="AssertionError"):
+        check_image_size(Bare(1, 1), 8)
+
+
 @pytest.mark.parametrize("model", ["coswin_nano", "resnet10t"])
 def test_checking_a_size_changes_nothing(model):
     image_tower = small_tower(model).train()
