@@ -39,8 +39,13 @@ logger = logging.getLogger("unicl")
 
 # Keys that change how a run is carried out or reported, not what it computes.
 _FREE_ON_RESUME = {
+    "data.max_skipped_share",
     "data.num_workers",
     "description",
+    "evaluation.batch_size",
+    "evaluation.data",
+    "evaluation.names",
+    "evaluation.templates",
     "image_tower.checkpointing",
     "name",
     "text_tower.checkpointing",
@@ -49,6 +54,7 @@ _FREE_ON_RESUME = {
     "trainer.keep_best",
     "trainer.keep_last",
     "trainer.log_every",
+    "trainer.max_nonfinite",
     "trainer.save_every",
 }
 
@@ -229,6 +235,12 @@ def build_held_out(recipe: Recipe) -> HeldOut:
     loader = build_eval_loader(recipe, folder)
     table = ShardSet.open(Path(evaluation.names) if evaluation.names else folder).table()
     names = [text for text in table.texts if text.strip()]
+    own = {text for text in ShardSet.open(folder).table().texts if text.strip()}
+    if unknown := sorted(own.difference(names)):
+        raise UsageError(
+            f"{folder} has {len(unknown)} texts that are no class name of evaluation.names "
+            f"{evaluation.names}, such as {unknown[0]!r}; name the folder that has them all"
+        )
     zero_shot = ZeroShot(
         loader,
         names,
@@ -268,7 +280,7 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
         UniclError: there is no such run or checkpoint, or it is damaged.
     """
     path = Path(path)
-    run = path.parent.parent if path.name.startswith("step-") else path
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
     recipe = read_recipe(run)
     path = _best_checkpoint(run) if run == path else path
     if not path.is_dir():
@@ -330,10 +342,8 @@ def _check_free(folder: Path, recipe: Recipe) -> None:
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe into the folder, unless it holds the run already."""
+    """Write the recipe into the folder; what is free to change may have changed."""
     path = folder / "recipe.toml"
-    if checkpoints(folder / "checkpoints"):
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,7 +6,9 @@ Imports no torch until a command needs it, so that `unicl --help` answers at onc
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # of the throughput on a busy machine. Read when torch is imported, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        _clean_up_when_terminated()
         words, overrides = _split(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(words)
         if overrides and not arguments.takes_overrides:
@@ -143,6 +146,12 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             value = following
         overrides[key] = value
     return plain, overrides
+
+
+def _clean_up_when_terminated() -> None:
+    """Make a job that is cancelled end like one that Ctrl-C ends."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _Parser(argparse.ArgumentParser):

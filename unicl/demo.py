@@ -63,11 +63,11 @@ def run_demo(
     """
     start = time.perf_counter()
     data = folder / "data"
+    recipe = load_recipe("demo", {**_data_keys(data), **(overrides or {})})
     if not is_finished(data):
         logger.info("drawing the corpus into %s", data)
         with progress_bar("drawing") as progress:
             prepare("twemoji", data, samples_per_shard=2000, progress=progress)
-    recipe = load_recipe("demo", {**_data_keys(data), **(overrides or {})})
     run = train(recipe, folder / "unicl")
     examiner = build_held_out(recipe)
     model, _ = load_model(run.path)

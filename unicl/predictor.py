@@ -150,6 +150,8 @@ class Predictor:
         try:
             if isinstance(image, str | Path):
                 return self.transform(open_image(Path(image).read_bytes()))
+            if isinstance(image, Image.Image) and 0 in image.size:
+                raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
             return self.transform(image if isinstance(image, Image.Image) else _picture(image))
         except FileNotFoundError as error:
             raise UsageError(f"there is no image file {name}") from error

@@ -120,6 +120,33 @@ def test_a_mistake_does_not_occupy_the_folder(corpus, tmp_path):
     assert train(recipe_for(corpus, trainer__steps="1"), tmp_path / "run").step == 1
 
 
+def test_held_out_texts_must_be_class_names(corpus, tmp_path):
+    write_corpus(tmp_path / "three", num_samples=3)
+    with pytest.raises(UsageError, match=r"has 3 texts that are no class name .* such as 'black "):
+        train(recipe_for(corpus, evaluation__names=str(tmp_path / "three")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_an_error_recommends_can_be_done(corpus, tmp_path):
+    """Keys that do not change the training are free on resume, and the recipe keeps up."""
+    train(recipe_for(corpus, trainer__steps="4"), tmp_path)
+    changed = recipe_for(
+        corpus,
+        trainer__steps="4",
+        trainer__max_nonfinite="3",
+        data__max_skipped_share="0.5",
+        evaluation__templates="clip",
+    )
+    assert train(changed, tmp_path).step == 4
+    assert read_recipe(tmp_path) == changed
+
+
+def test_a_run_may_be_called_like_a_checkpoint(corpus, tmp_path):
+    run = train(recipe_for(corpus, trainer__steps="1"), tmp_path / "step-mine").path
+    assert load_model(run)[1].trainer.steps == 1
+    assert load_model(checkpoints(run / "checkpoints")[-1])[1].trainer.steps == 1
+
+
 def test_what_is_wrong_with_the_data_is_said_at_the_start(tmp_path, caplog):
     shards = write_corpus(tmp_path / "train", num_samples=10)
     (tar,) = shards.glob("*.tar")

@@ -23,6 +23,8 @@ from unicl.cli import main
         (["train", "demo", "--data.train", "nowhere"], 2, "nowhere"),
         (["prepare", "nowhere", "--out", "x"], 2, "nowhere"),
         (["prepare", "x", "--a.b", "3"], 2, "--a.b is no option here"),
+        (["demo", "--trainer.step", "3"], 2, "did you mean trainer.steps?"),
+        (["train", "demo", "--description", "\udcff"], 2, "description must be UTF-8 text"),
         (["prepare", "x", "--samples-per-shard", "many"], 2, "invalid int value"),
     ],
 )

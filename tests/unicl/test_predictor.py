@@ -139,6 +139,8 @@ def test_what_is_no_list_of_images(images: object, message: str) -> None:
 def test_an_empty_picture() -> None:
     with pytest.raises(UsageError, match=r"image 0: .* got uint8 of shape \[0, 4, 3\]"):
         predictor().embed_images([noise(0, 0, 4, 3)])
+    with pytest.raises(UsageError, match="image 0: an image needs pixels, got 0 x 5"):
+        predictor().embed_images([Image.new("RGB", (0, 5))])
 
 
 def test_an_array_of_images_is_a_list_of_them() -> None:

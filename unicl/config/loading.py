@@ -1,6 +1,7 @@
 """Strict loading of recipes: defaults < recipe < overrides; every mistake names its key."""
 
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -147,6 +148,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 def _from_text(text: str, hint: type, key: str) -> Any:
     if hint is str:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{key} must be UTF-8 text, got {str(text)!r}")
         return str(text)
     if hint is bool:
         if text.lower() in ("true", "false"):
@@ -187,8 +190,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        # JSON's strings are TOML's, but for one control character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

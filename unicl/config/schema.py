@@ -137,7 +137,7 @@ class DataConfig:
     max_image_pixels: int = 89_478_485
     """Larger images are skipped as absurd; the number is Pillow's own limit."""
     max_skipped_share: float = 0.1
-    """The run stops when more than this share of the samples read so far was skipped."""
+    """The run stops when more than this share of the samples read, at least 100, was skipped."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "data", "shuffle_window", "max_image_pixels")

@@ -6,6 +6,7 @@ is a pure function of its positions. The loader's whole state is the number of s
 
 import atexit
 import gc
+import logging
 import multiprocessing
 import signal
 import sys
@@ -32,6 +33,8 @@ from unicl.errors import UniclError, UsageError
 
 # What a worker hands over at a time: small enough to keep shared memory and latency low however
 # large the batch is, large enough that handing over costs nothing beside the decoding.
+logger = logging.getLogger("unicl")
+
 _PIECE = 64
 _BATCHES_AHEAD = 2
 _FEWEST_TO_JUDGE = 100
@@ -114,14 +117,15 @@ class _Tally:
     def check(self, *, last: bool = False) -> None:
         """Raise if too large a share was skipped; `last` says that no more samples will come."""
         num_skipped = self._reasons.total()
-        enough = self._num_read >= _FEWEST_TO_JUDGE or last
-        if not enough or not num_skipped:
+        if not num_skipped or not (last or self._num_read >= _FEWEST_TO_JUDGE):
             return
-        if num_skipped == self._num_read or (
-            self._num_read >= _FEWEST_TO_JUDGE
-            and num_skipped > self._max_skipped_share * self._num_read
-        ):
-            raise UniclError(self._message(num_skipped))
+        if num_skipped > self._max_skipped_share * self._num_read or num_skipped == self._num_read:
+            raise UniclError(
+                f"{self._message(num_skipped)}: prepare the data again, or raise "
+                f"data.max_skipped_share from {self._max_skipped_share:g}"
+            )
+        if last:
+            logger.warning("%s", self._message(num_skipped))
 
     def _message(self, num_skipped: int) -> str:
         shard, in_shard = self._shards.most_common(1)[0]
@@ -130,8 +134,7 @@ class _Tally:
         sample = f"sample {example.key!r}" if example.key else f"sample number {example.index}"
         return (
             f"{num_skipped} of {self._num_read} samples were skipped ({reasons}), most of them "
-            f"({in_shard}) in {shard}, such as {sample} ({example.reason}): prepare the data "
-            f"again, or raise data.max_skipped_share from {self._max_skipped_share:g}"
+            f"({in_shard}) in {shard}, such as {sample} ({example.reason})"
         )
 
 
@@ -145,7 +148,8 @@ class Loader:
         tokenize: Makes token ids of texts; must depend on nothing but the texts.
         num_workers: Processes that do the work; 0 does it in this one. The batches do not differ.
         max_image_pixels: Larger images are skipped, judged by their headers.
-        max_skipped_share: More skipped samples than this share, of at least 100, end the run.
+        max_skipped_share: More skipped samples than this share, of at least 100 or of a whole pass,
+            end the run.
 
     Raises:
         UsageError: The batch size is not positive, or the number of workers is negative.

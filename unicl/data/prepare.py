@@ -214,6 +214,5 @@ def _index(folder: Path, out: Path | None, progress: Progress | None) -> Prepare
     if truncated:
         skipped["truncated tar"] = len(truncated)
     examples = {"truncated tar": truncated[0]} if truncated else {}
-    return Prepared(
-        shards.num_samples, shards.table().num_texts, dict(skipped), examples, {"": folder}
-    )
+    table = shards.table()
+    return Prepared(table.num_samples, table.num_texts, dict(skipped), examples, {"": folder})

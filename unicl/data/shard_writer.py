@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarInfo
 from types import TracebackType
@@ -180,14 +180,13 @@ def index_shards(folder: Path, *, progress: Callable[[int, int], None] | None = 
         samples, whole = scan_tar(path)
         if not whole:
             truncated.append(path.name)
-        _add_texts(table, path, samples)
-        skipped.update(_lacks(sample) for sample in samples)
+        skipped += _add_texts(table, path, samples)
         ShardIndex.of(samples).save(folder / index_name(path.name))
         shards.append(Shard(path.name, len(samples), path.stat().st_size))
         if progress is not None:
             progress(number, len(paths))
-    if not skipped.pop("", 0):
-        what = ", ".join(f"{count} with {reason}" for reason, count in skipped.items()) or "none"
+    if not table.num_samples:
+        what = ", ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "none"
         raise UniclError(
             f"the tars in {folder} hold no sample with an image and a text ({what}); "
             f"the two are files with one name, such as 000.jpg and 000.txt"
@@ -197,21 +196,20 @@ def index_shards(folder: Path, *, progress: Callable[[int, int], None] | None = 
     write_description(folder, shards, table, info)
 
 
-def _lacks(sample: Members) -> str:
-    if sample.text == MISSING:
-        return "no text"
-    return "no image" if sample.image == MISSING else ""
-
-
-def _add_texts(table: TextHashTable, path: Path, samples: list[Members]) -> None:
+def _add_texts(table: TextHashTable, path: Path, samples: list[Members]) -> Counter[str]:
+    """Add the texts that a loader will use to the table; count the samples that it will skip."""
+    skipped: Counter[str] = Counter()
     try:
         with open(path, "rb") as file:
             for sample in samples:
-                if sample.text == MISSING:
+                if sample.text == MISSING or sample.image == MISSING:
+                    skipped["no text" if sample.text == MISSING else "no image"] += 1
                     continue
                 file.seek(sample.text[0])
-                # A loader skips what is not UTF-8, so it has no label either.
-                with suppress(UnicodeDecodeError):
+                try:
                     table.add(file.read(sample.text[1]).decode(), sample.key)
+                except UnicodeDecodeError:
+                    skipped["text is not UTF-8"] += 1
     except OSError as error:
         raise UniclError(f"cannot read {path}: {error.strerror or error}") from error
+    return skipped

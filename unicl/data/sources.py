@@ -93,12 +93,15 @@ def open_source(
 
         return Twemoji()
     path = Path(spec)
+    if (image_column is not None or text_column is not None) and path.is_dir():
+        raise UsageError(f"columns are named for a .csv or .tsv; {spec} is a folder")
     if path.is_dir():
         return ClassFolder(path)
     if not path.exists():
         raise UsageError(f"source {spec} does not exist; give a folder, a .csv, a .tsv, or twemoji")
     if path.suffix.lower() not in _DELIMITERS:
-        raise UsageError(f"source {spec} is no folder, .csv or .tsv, and not twemoji")
+        hint = "; of tars, give the folder" if ".tar" in path.suffixes else ""
+        raise UsageError(f"source {spec} is no folder, .csv or .tsv, and not twemoji{hint}")
     return Table(path, image_column=image_column, text_column=text_column)
 
 
@@ -164,8 +167,11 @@ class Table:
             raise UsageError(f"{path} is empty; expected a header and one row per image")
         if not all(_is_text(column) for column in columns):
             raise UsageError(f"{path} is no table in UTF-8 text; save it as one")
+        self._num_columns = len(columns)
         self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image column")
         self._text = _find_column(path, columns, text_column, TEXT_COLUMNS, "text column")
+        if self._image == self._text:
+            raise UsageError(f"{path}: the column {columns[self._text]} cannot be image and text")
 
     def num_entries(self, split: str) -> None:
         """Return None: counting the rows would mean reading the file twice."""
@@ -181,6 +187,9 @@ class Table:
                 continue
             if len(row) <= max(self._image, self._text):
                 yield SkippedEntry("row too short", where)
+                continue
+            if any(row[self._num_columns :]):  # most often a comma in a text without quotes
+                yield SkippedEntry("row too long", where)
                 continue
             path = self._path.parent / row[self._image]
             yield _entry(number, path, row[self._text], where=f"{where}: {row[self._image]}")

@@ -115,8 +115,10 @@ def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: floa
     width = len(str(total))
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
+    skipped = f"  skipped {row['train/skipped']:.0f}" if row.get("train/skipped") else ""
     logger.info(
-        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s  %s left",
+        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s  "
+        "%s left%s",
         width,
         step,
         total,
@@ -126,7 +128,15 @@ def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: floa
         row["train/grad_norm"],
         row["train/samples_per_second"],
         f"{hours}:{minutes:02d}:{seconds:02d}",
+        skipped,
     )
+
+
+def log_skipped(skipped: Mapping[str, int]) -> None:
+    """Warn of the samples that a run could not use, by reason."""
+    if skipped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        logger.warning("%d samples were skipped in training (%s)", sum(skipped.values()), reasons)
 
 
 def log_evaluation(step: int, total: int, metrics: Mapping[str, float]) -> None:

@@ -21,7 +21,14 @@ from unicl.engine.checkpoint import (
 )
 from unicl.engine.gradient_cache import backward
 from unicl.engine.interruption import catch_interruption
-from unicl.engine.metrics import MetricsLog, RunningMeans, StepClock, log_evaluation, log_line
+from unicl.engine.metrics import (
+    MetricsLog,
+    RunningMeans,
+    StepClock,
+    log_evaluation,
+    log_line,
+    log_skipped,
+)
 from unicl.engine.optimizer import build_optimizer
 from unicl.engine.precision import autocast, faster_precision
 from unicl.engine.schedule import learning_rate
@@ -105,7 +112,8 @@ class Trainer:
             UniclError: non-finite gradients past the limit, unreadable data, a full disk.
         """
         self.resume()
-        if self.step >= self.config.steps:
+        finished = self.step >= self.config.steps
+        if finished and (self.evaluation or not self.evaluators):
             logger.info("%s is finished: step %d of %d", self.folder, self.step, self.config.steps)
             return self._run()
         self.log = MetricsLog(self.folder, step=self.step)
@@ -128,6 +136,9 @@ class Trainer:
                         f"{interruption.signal_name}: saved at step {self.step}; "
                         f"repeat the command to go on"
                     )
+            if finished:  # but its evaluation had failed
+                self.evaluate()
+        log_skipped(self.skipped)
         return self._run()
 
     def update(self, batch: Any) -> None:
@@ -171,18 +182,16 @@ class Trainer:
         if not self.evaluators:
             return False
         self.evaluation = {}
-        for evaluator in self.evaluators:
-            with torch.no_grad(), self._autocast(self.precision)():
-                self.evaluation.update(evaluator(self.task.model))
+        try:
+            self.evaluation = self._evaluated()
+        except UniclError:
+            self.save()  # A mistake in the evaluation must not cost the steps until here.
+            raise
         self.log.write(self.step, self.evaluation)
         log_evaluation(self.step, self.config.steps, self.evaluation)
         name = self.config.keep_best
         if name is None:
             return False
-        if name not in self.evaluation:
-            known = ", ".join(self.evaluation)
-            self.save()  # The mistake shows late; it must not cost the steps until here.
-            raise UsageError(f"trainer.keep_best is {name!r}; the evaluation gives {known}")
         improved = self.best is None or self.evaluation[name] > self.best[0]
         if improved:
             self.best = (self.evaluation[name], self.step)
@@ -226,6 +235,17 @@ class Trainer:
         if self.step < self.config.steps:
             logger.info("continuing %s from step %d", self.folder, self.step)
 
+    def _evaluated(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            with torch.no_grad(), self._autocast(self.precision)():
+                found.update(evaluator(self.task.model))
+        name = self.config.keep_best
+        if name is not None and name not in found:
+            known = ", ".join(found)
+            raise UsageError(f"trainer.keep_best is {name!r}; the evaluation gives {known}")
+        return found
+
     def _run(self) -> Run:
         return Run(path=self.folder, step=self.step, metrics=self.evaluation)
 
@@ -267,7 +287,7 @@ class Trainer:
             raise UniclError(
                 f"loss or gradient is not finite at step {self.step} (sample keys from "
                 f"{batch.keys[0]} to {batch.keys[-1]}); {last}; try a lower "
-                f"optimizer.learning_rate, or let trainer.max_nonfinite skip some steps"
+                f"optimizer.learning_rate in another --out, or let trainer.max_nonfinite skip steps"
             )
         logger.warning("step %d skipped: loss or gradient is not finite", self.step)
 

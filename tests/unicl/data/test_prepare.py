@@ -212,6 +212,39 @@ prepare(Slow(), Path(sys.argv[1]), samples_per_shard=50)
 """
 
 
+TERMINATED = """
+import sys
+import unicl.data.prepare
+from pathlib import Path
+from tests.unicl.data.test_prepare import Letters
+from unicl.cli import main
+from time import sleep
+class Slow(Letters):
+    def entries(self, split):
+        yield from super().entries(split)
+        Path(sys.argv[2]).touch()
+        sleep(60)
+unicl.data.prepare.open_source = lambda spec, **columns: Slow()
+sys.exit(main(["prepare", "letters", "--out", sys.argv[1]]))
+"""
+
+
+def test_terminated_preparation_leaves_nothing(tmp_path):
+    out, signpost = tmp_path / "out", tmp_path / "signpost"
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINATED, str(out), str(signpost)], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 30
+    while not signpost.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert b"interrupted" in process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert not out.exists()
+
+
 def test_killed_preparation_starts_afresh_in_its_folder(tmp_path):
     out, signpost = tmp_path / "out", tmp_path / "signpost"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(signpost)])

@@ -120,6 +120,8 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         b"folder.png,text",
         b"a\0.png,text",
         b"a.png",
+        b"a.png,a red, round thing",
+        b"a.png,good,,",
         b'a.png,"so" it is said',
         b'a.png,"in two',
         b'lines" it is said',
@@ -129,7 +131,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"\n".join(rows))
     good, skipped = split(Table(path))
-    assert [entry.text for entry in good] == ["good", "grün"]
+    assert [entry.text for entry in good] == ["good", "good", "grün"]
     assert skipped == {
         "text is not UTF-8": 1,
         "no text": 2,
@@ -137,6 +139,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
         "not an image": 2,
         "unreadable file": 2,
         "row too short": 1,
+        "row too long": 1,
         "malformed row": 2,
     }
     where = [entry.where for entry in Table(path).entries("") if isinstance(entry, SkippedEntry)]
@@ -151,6 +154,10 @@ def test_missing_column_names_those_there_are(tmp_path):
         open_source(str(path))
     with pytest.raises(UsageError, match=r"no column name; .*: name the text column"):
         open_source(str(path), image_column="url", text_column="name")
+    with pytest.raises(UsageError, match="the column url cannot be image and text"):
+        open_source(str(path), image_column="url", text_column="url")
+    with pytest.raises(UsageError, match="columns are named for a"):
+        open_source(str(tmp_path), image_column="url")
 
 
 def test_what_is_no_source(tmp_path):
@@ -158,12 +165,14 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "quotes.csv").write_text('image,"te"xt\n')
     (tmp_path / "utf16.csv").write_text("image,caption\na.png,cat\n", "utf-16")
     (tmp_path / "a.txt").touch()
+    (tmp_path / "a.tar").touch()
     (tmp_path / "folder").mkdir()
     for spec, message in [
         ("missing", "does not exist; give a folder"),
         ("empty.csv", "is empty; expected a header"),
         ("utf16.csv", "is no table in UTF-8 text"),
         ("quotes.csv", "the header of .* is malformed"),
+        ("a.tar", r"of tars, give the folder"),
         ("a.txt", r"is no folder, \.csv or \.tsv"),
         ("folder", "has no images; expected .*/CLASS_NAME/IMAGE"),
     ]:

@@ -1,6 +1,7 @@
 """A run is a function of its recipe: interrupted anywhere, it continues bit for bit."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -172,6 +173,29 @@ def test_an_unknown_best_metric_names_those_there_are(tmp_path):
     assert again.step == 1
     assert again.fit().step == 12
     assert again.best == (1.0, 6)
+
+
+def test_a_failed_evaluation_costs_no_steps(tmp_path):
+    def fails(model):
+        raise UniclError("no such names")
+
+    with pytest.raises(UniclError, match="no such names"):
+        make(tmp_path, save_every=100, evaluators=[fails]).fit()
+    again = make(tmp_path, loader=DyingLoader(0), evaluators=[lambda model: {"toy/score": 0.5}])
+    run = again.fit()
+    assert (run.step, run.metrics) == (12, {"toy/score": 0.5})
+    assert untimed(tmp_path)[-1] == {"step": 12, "toy/score": 0.5}
+
+
+def test_skipped_samples_are_told(tmp_path, caplog):
+    class Skipping(ToyLoader):
+        def batch(self, start):
+            return dataclasses.replace(super().batch(start), skipped={"undecodable image": 2})
+
+    caplog.set_level("INFO", "unicl")
+    make(tmp_path, loader=Skipping()).fit()
+    assert caplog.messages[0].endswith(" left  skipped 10")
+    assert "24 samples were skipped in training (undecodable image: 24)" in caplog.messages
 
 
 def test_a_nonfinite_gradient_stops_the_run_and_names_the_samples(tmp_path):
