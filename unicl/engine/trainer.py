@@ -114,7 +114,6 @@ class Trainer:
         self.resume()
         finished = self.step >= self.config.steps
         if finished and (self.evaluation or not self.evaluators):
-            logger.info("%s is finished: step %d of %d", self.folder, self.step, self.config.steps)
             return self._run()
         self.log = MetricsLog(self.folder, step=self.step)
         with (
