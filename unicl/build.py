@@ -235,12 +235,13 @@ def build_held_out(recipe: Recipe) -> HeldOut:
     loader = build_eval_loader(recipe, folder)
     table = ShardSet.open(Path(evaluation.names) if evaluation.names else folder).table()
     names = [text for text in table.texts if text.strip()]
-    own = {text for text in ShardSet.open(folder).table().texts if text.strip()}
-    if unknown := sorted(own.difference(names)):
-        raise UsageError(
-            f"{folder} has {len(unknown)} texts that are no class name of evaluation.names "
-            f"{evaluation.names}, such as {unknown[0]!r}; name the folder that has them all"
-        )
+    if evaluation.names:
+        own = {text for text in ShardSet.open(folder).table().texts if text.strip()}
+        if unknown := sorted(own.difference(names)):
+            raise UsageError(
+                f"{folder} has {len(unknown)} texts that are no class name of evaluation.names "
+                f"{evaluation.names}, such as {unknown[0]!r}; name the folder that has them all"
+            )
     zero_shot = ZeroShot(
         loader,
         names,
@@ -282,10 +283,12 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
     path = Path(path)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     recipe = read_recipe(run)
-    path = _best_checkpoint(run) if run == path else path
-    if not path.is_dir():
+    if run == path:
+        path = _best_checkpoint(run)
+    elif path.is_dir():
+        verify_checkpoint(path, only="model.safetensors")
+    else:
         raise UniclError(f"there is no checkpoint {path}")
-    verify_checkpoint(path, only="model.safetensors")
     model = build_model(recipe)
     load_weights(path / "model.safetensors", model)
     return model.eval(), recipe
@@ -296,11 +299,12 @@ def _best_checkpoint(run: Path) -> Path:
     found = checkpoints(run / "checkpoints")
     if not found:
         raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
-    candidates = found[::-1]
+    best = None
     with contextlib.suppress(DamagedCheckpointError):
-        if best := load_state(found[-1])["best"]:
-            candidates.insert(0, run / "checkpoints" / f"step-{best[1]:08d}")
-    for path in candidates:
+        best = load_state(found[-1])["best"]
+    wanted = f"step-{best[1]:08d}" if best else found[-1].name
+    # Sorting is stable: after the wanted one the newest comes first.
+    for path in sorted(reversed(found), key=lambda path: path.name != wanted):
         try:
             verify_checkpoint(path, only="model.safetensors")
         except DamagedCheckpointError as error:

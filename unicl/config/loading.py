@@ -148,8 +148,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 def _from_text(text: str, hint: type, key: str) -> Any:
     if hint is str:
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{key} must be UTF-8 text, got {str(text)!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{key} must be UTF-8 text, got {str(text)!r}") from None
         return str(text)
     if hint is bool:
         if text.lower() in ("true", "false"):

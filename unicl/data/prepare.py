@@ -48,10 +48,8 @@ class Prepared:
 
     def __str__(self) -> str:
         folders = ", ".join(str(folder) for folder in self.folders.values())
-        samples, texts = (
-            _count(self.num_samples, "sample"),
-            _count(self.num_texts, "different text"),
-        )
+        samples = _count(self.num_samples, "sample")
+        texts = _count(self.num_texts, "different text")
         text = f"{samples} with {texts} in {folders}"
         for reason, count in sorted(self.skipped.items()):
             text += f"; skipped {count}: {reason}"

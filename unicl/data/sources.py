@@ -165,7 +165,7 @@ class Table:
             raise UsageError(f"the header of {path} is malformed; check its quotes")
         if not columns:
             raise UsageError(f"{path} is empty; expected a header and one row per image")
-        if not all(_is_text(column) for column in columns):
+        if not all(_is_utf8(column) and "\0" not in column for column in columns):
             raise UsageError(f"{path} is no table in UTF-8 text; save it as one")
         self._num_columns = len(columns)
         self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image column")
@@ -227,9 +227,13 @@ class Table:
             raise UsageError(f"cannot read {self._path}: {error.strerror}") from error
 
 
-def _is_text(column: str) -> bool:
-    surrogates = any("\ud800" <= character <= "\udfff" for character in column)
-    return "\0" not in column and not surrogates
+def _is_utf8(text: str) -> bool:
+    """Say whether a text that was read with surrogates for wrong bytes has none of them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _find_column(
@@ -249,9 +253,7 @@ def _entry(number: int, path: Path, text: str, *, where: str) -> Entry | Skipped
     where = where.encode("utf-8", "backslashreplace").decode()
     if not text.strip():
         return SkippedEntry("no text", where)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not _is_utf8(text):
         return SkippedEntry("text is not UTF-8", where)
     try:
         image = path.read_bytes()
