@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from unicl.distributed import Ranks
 from unicl.errors import UsageError
 
 
@@ -24,6 +26,7 @@ def unicl_loss(
     *,
     text_labels: Int[Tensor, "texts"] | None = None,
     tile: int = 2048,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean of image-to-text and text-to-image loss, each a mean over its own side.
 
@@ -35,6 +38,11 @@ def unicl_loss(
     Memory grows with images + texts, not with their product. The logits are fp32, or fp64 if an
     input is, whatever autocast says.
 
+    With a `group`, the batch is what all its ranks hold together, in parts of any size, and every
+    rank gets the whole batch's loss. The gradients fit what averages over ranks (DDP, DeepSpeed):
+    the embeddings' is that of the whole loss times the number of ranks, the scale's is that of the
+    whole loss on every rank. Texts are gathered, images stay; memory per rank grows with all texts.
+
     Args:
         image_embeddings: Unit-length image embeddings.
         text_embeddings: Unit-length text embeddings.
@@ -42,13 +50,17 @@ def unicl_loss(
         scale: Multiplies the similarities; as a tensor it gets a gradient.
         text_labels: Labels of the texts; unset means text i has the label of image i.
         tile: Rows and columns of the logits that exist at one time; does not change the result.
+        group: The ranks that share the batch, such as `torch.distributed.group.WORLD`; all of them
+            must call. Unset means that this process has the whole batch.
 
     Raises:
         UsageError: Something is of the wrong kind or shape, labels do not fit the embeddings, or a
             batch or a tile is empty.
     """
+    ranks = Ranks(group)
     text_labels = labels if text_labels is None else text_labels
-    _check(image_embeddings, text_embeddings, labels, text_labels, scale)
+    alone = ranks.size == 1  # a rank among others may be left without samples
+    _check(image_embeddings, text_embeddings, labels, text_labels, scale, may_be_empty=not alone)
     if not isinstance(tile, Integral) or tile < 1:
         raise UsageError(f"tile must be a positive whole number, got {tile}")
     dtype = _work_dtype(image_embeddings, text_embeddings)
@@ -58,7 +70,7 @@ def unicl_loss(
         image_embeddings.to(dtype).contiguous(),
         text_embeddings.to(dtype).contiguous(),
         scale.to(dtype),
-        _Classes.match(labels, text_labels, dtype),
+        _Columns.gather(labels, text_labels, dtype, ranks),
         tile,
     )
 
@@ -97,7 +109,13 @@ def _work_dtype(image_embeddings: Tensor, text_embeddings: Tensor) -> torch.dtyp
 
 
 def _check(
-    image_embeddings: Any, text_embeddings: Any, labels: Any, text_labels: Any, scale: Any
+    image_embeddings: Any,
+    text_embeddings: Any,
+    labels: Any,
+    text_labels: Any,
+    scale: Any,
+    *,
+    may_be_empty: bool = False,
 ) -> None:
     """Say what is wrong with a caller's inputs; their values, which a GPU holds, are not read."""
     for side, embeddings, given in (
@@ -110,7 +128,7 @@ def _check(
             )
         if not _is_tensor(given, ndim=1, floating=False):
             raise UsageError(f"labels must be tensors of integers, one per {side}, {_got(given)}")
-        if embeddings.numel() == 0:
+        if embeddings.shape[1] == 0 or (len(embeddings) == 0 and not may_be_empty):
             raise UsageError(f"the loss needs at least one {side} embedding, {_got(embeddings)}")
         if len(embeddings) != len(given):
             raise UsageError(
@@ -139,39 +157,83 @@ def _got(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Classes:
-    """Which images and texts share a label, in memory linear in both.
+class _Columns:
+    """The texts of all ranks, and which of them share a label with which images.
 
     Labels become class numbers; the positives of an image are the texts of its class. Their logits
     enter the loss only as sums, and such a sum is one product with the class's summed embeddings.
+    Everything here is linear in the batch; what is as wide as an embedding is kept for the classes
+    of this rank's own images only, and all others share one row that stays zero.
     """
 
+    ranks: Ranks
+    sizes: list[int]
+    """Number of texts of each rank."""
     of_images: Int[Tensor, "images"]
-    of_texts: Int[Tensor, "texts"]
+    """Class of each image of this rank."""
+    of_texts: Int[Tensor, "all_texts"]
+    """Class of each text of all ranks."""
     num_images: Float[Tensor, "classes"]
     num_texts: Float[Tensor, "classes"]
+    own: Int[Tensor, "own"]
+    """The classes of this rank's images."""
+    row_of_class: Int[Tensor, "classes"]
+    """Where `own` has a class; the row after its last for all others."""
 
     @classmethod
-    def match(cls, labels: Tensor, text_labels: Tensor, dtype: torch.dtype) -> "_Classes":
+    def gather(
+        cls, labels: Tensor, text_labels: Tensor, dtype: torch.dtype, ranks: Ranks
+    ) -> "_Columns":
         """Number the labels that occur; sorts them, so hashes cost the same as small numbers."""
-        unique, classes = torch.cat([labels, text_labels]).unique(return_inverse=True)
-        of_images, of_texts = classes.split([len(labels), len(text_labels)])
+        counts = ranks.gather_numbers(len(labels), len(text_labels), device=labels.device)
+        num_images, sizes = ([int(row[side]) for row in counts] for side in (0, 1))
+        all_labels = ranks.gather_rows(labels, num_images)
+        all_text_labels = all_labels
+        if text_labels is not labels:
+            all_text_labels = ranks.gather_rows(text_labels, sizes)
+        unique, classes = torch.cat([all_labels, all_text_labels]).unique(return_inverse=True)
+        all_images, of_texts = classes.split([len(all_labels), len(all_text_labels)])
+        of_images = all_images.split(num_images)[ranks.rank]
+        present = torch.zeros_like(unique, dtype=torch.bool)
+        present[of_images] = True
+        own = present.nonzero()[:, 0]
+        row_of_class = torch.where(present, present.cumsum(0) - 1, len(own))
         return cls(
+            ranks,
+            sizes,
             of_images,
             of_texts,
-            of_images.bincount(minlength=len(unique)).to(dtype),
+            all_images.bincount(minlength=len(unique)).to(dtype),
             of_texts.bincount(minlength=len(unique)).to(dtype),
+            own,
+            row_of_class,
         )
 
-    def sum_images(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "classes dim"]:
-        """Sum the image embeddings of each class."""
-        sums = embeddings.new_zeros(len(self.num_images), embeddings.shape[1])
-        return sums.index_add_(0, self.of_images, embeddings)
+    @property
+    def row_of_image(self) -> Int[Tensor, "images"]:
+        """Row of each image's class in what the sums return."""
+        return self.row_of_class[self.of_images]
 
-    def sum_texts(self, embeddings: Float[Tensor, "texts dim"]) -> Float[Tensor, "classes dim"]:
-        """Sum the text embeddings of each class."""
-        sums = embeddings.new_zeros(len(self.num_texts), embeddings.shape[1])
-        return sums.index_add_(0, self.of_texts, embeddings)
+    @property
+    def row_of_text(self) -> Int[Tensor, "all_texts"]:
+        """Row of each text's class in what the sums return."""
+        return self.row_of_class[self.of_texts]
+
+    def sum_images(self, images: Tensor, weight: Tensor) -> Float[Tensor, "own_and_rest dim"]:
+        """Sum this rank's images per class, times the class's weight."""
+        return self._weigh(self._zeros(images).index_add_(0, self.row_of_image, images), weight)
+
+    def sum_texts(self, texts: Tensor, weight: Tensor) -> Float[Tensor, "own_and_rest dim"]:
+        """Sum all ranks' texts per class that this rank has images of, times the class's weight."""
+        return self._weigh(self._zeros(texts).index_add_(0, self.row_of_text, texts), weight)
+
+    def _zeros(self, embeddings: Tensor) -> Tensor:
+        return embeddings.new_zeros(len(self.own) + 1, embeddings.shape[1])
+
+    def _weigh(self, sums: Tensor, weight: Tensor) -> Tensor:
+        sums[:-1] *= weight[self.own, None]
+        sums[-1] = 0
+        return sums
 
     def weights(self) -> tuple[Float[Tensor, "classes"], Float[Tensor, "classes"]]:
         """Return the weight of an image and of a text: 1 / (2 * number that have a positive)."""
@@ -193,25 +255,37 @@ class _TiledLoss(torch.autograd.Function):
                       - (w_i / n_i + w'_j / n'_j if j is a positive of i)
 
     Forward finds the log-sum-exps of rows and columns in one pass, backward recomputes S.
+
+    Across ranks each one has its rows and all columns. Rows need nobody else; the columns'
+    log-sum-exps are merged in forward, and the columns' gradients go home in backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, classes: _Classes, tile: int
+        ctx: Any, images: Tensor, own_texts: Tensor, scale: Tensor, columns: _Columns, tile: int
     ) -> Tensor:
         """Return the loss and keep what is linear in the batch."""
+        ranks = columns.ranks
+        texts = ranks.gather_rows(own_texts, columns.sizes)
         with torch.autocast(images.device.type, enabled=False):
-            rows, columns = _sums_of_exps(images, texts, scale, tile)
-            row_weight, column_weight = classes.weights()
-            text_means = classes.sum_texts(texts).div_(classes.num_texts.clamp(min=1)[:, None])
-            row_means = scale * _dot_with_class(images, text_means, classes.of_images, tile)
-            del text_means  # as large as the embeddings
-            image_means = classes.sum_images(images).div_(classes.num_images.clamp(min=1)[:, None])
-            column_means = scale * _dot_with_class(texts, image_means, classes.of_texts, tile)
-            row_part = _one_side(rows, row_means) @ row_weight[classes.of_images]
-            column_part = _one_side(columns, column_means) @ column_weight[classes.of_texts]
-        ctx.save_for_backward(images, texts, scale, *rows, *columns)
-        ctx.classes, ctx.tile = classes, tile
+            row_sums, column_sums = _sums_of_exps(images, texts, scale, tile)
+            row_weight, column_weight = columns.weights()
+            means = columns.sum_texts(texts, 1 / columns.num_texts.clamp(min=1))
+            row_means = scale * _dot_with_class(images, means, columns.row_of_image, tile)
+            del means  # as large as the embeddings
+            row_part = _one_side(row_sums, row_means) @ row_weight[columns.of_images]
+            # The mean logit of a column's positives differs from column to column, but only its sum
+            # over a class enters the loss, and that is the sum of the rows' means.
+            class_sums = torch.zeros_like(columns.num_images)
+            class_sums.index_add_(0, columns.of_images, row_means)
+            row_part, class_sums, column_sums = _merge(ranks, row_part, class_sums, column_sums)
+            class_means = class_sums / columns.num_images.clamp(min=1)
+            column_part = (
+                _one_side(column_sums, class_means[columns.of_texts])
+                @ column_weight[columns.of_texts]
+            )
+        ctx.save_for_backward(images, texts, scale, *row_sums, *column_sums)
+        ctx.columns, ctx.tile = columns, tile
         return row_part + column_part
 
     @staticmethod
@@ -221,30 +295,46 @@ class _TiledLoss(torch.autograd.Function):
             raise UsageError("unicl_loss has no second derivative; reference_loss has")
         needs_images, needs_texts, needs_scale, *_ = ctx.needs_input_grad
         images, texts, scale, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
-        classes, tile = ctx.classes, ctx.tile
+        columns, tile = ctx.columns, ctx.tile
+        ranks = columns.ranks
         # d scale = sum_i <images_i, grad_images_i> / scale: no further look at the tiles.
         grad_images = torch.zeros_like(images) if needs_images or needs_scale else None
         grad_texts = torch.zeros_like(texts) if needs_texts else None
         grad_scale = None
         with torch.autocast(images.device.type, enabled=False):
-            row_weight, column_weight = classes.weights()
-            rows = (row_max, row_weight[classes.of_images] / row_sum)
-            columns = (column_max, column_weight[classes.of_texts] / column_sum)
-            _add_softmax((images, texts, scale), rows, columns, (grad_images, grad_texts), tile)
+            row_weight, column_weight = columns.weights()
+            rows = (row_max, row_weight[columns.of_images] / row_sum)
+            factors = (column_max, column_weight[columns.of_texts] / column_sum)
+            _add_softmax((images, texts, scale), rows, factors, (grad_images, grad_texts), tile)
             # What one positive pair weighs is the same for all pairs of a class.
-            pair = row_weight / classes.num_texts.clamp(min=1)
-            pair += column_weight / classes.num_images.clamp(min=1)
+            pair = row_weight / columns.num_texts.clamp(min=1)
+            pair += column_weight / columns.num_images.clamp(min=1)
             if grad_images is not None:
-                sums = classes.sum_texts(texts).mul_(pair[:, None])
-                _subtract_class(grad_images, sums, classes.of_images, tile)
+                sums = columns.sum_texts(texts, pair)
+                _subtract_class(grad_images, sums, columns.row_of_image, tile)
                 if needs_scale:
-                    grad_scale = grad * _sum_of_products(images, grad_images, tile)
-                grad_images.mul_(scale * grad)
+                    grad_scale = grad * ranks.sum_(_sum_of_products(images, grad_images, tile))
+                grad_images.mul_(ranks.size * scale * grad)
             if grad_texts is not None:
-                sums = classes.sum_images(images).mul_(pair[:, None])
-                _subtract_class(grad_texts, sums, classes.of_texts, tile)
-                grad_texts.mul_(scale * grad)
+                sums = columns.sum_images(images, pair)
+                _subtract_class(grad_texts, sums, columns.row_of_text, tile)
+                grad_texts = ranks.scatter_sum(grad_texts, columns.sizes)
+                grad_texts.mul_(ranks.size * scale * grad)
         return grad_images if needs_images else None, grad_texts, grad_scale, None, None
+
+
+def _merge(
+    ranks: Ranks, row_part: Tensor, class_sums: Tensor, column_sums: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Sum over the ranks; sums of exponentials are brought to the common maximum first."""
+    column_max, column_sum = column_sums
+    if ranks.size == 1:
+        return row_part, class_sums, column_sums
+    maximum = ranks.maximum_(column_max.clone())
+    column_sum = column_sum * (column_max - maximum).exp()
+    sums = ranks.sum_(torch.cat([row_part[None], class_sums, column_sum]))
+    row_part, class_sums, column_sum = sums.split([1, len(class_sums), len(column_sum)])
+    return row_part[0], class_sums, (maximum, column_sum)
 
 
 def _blocks(length: int, tile: int) -> Iterator[slice]:
@@ -322,17 +412,21 @@ def _add_softmax(
             grad_texts[j].addmm_(spare.T, images[i])
 
 
-def _dot_with_class(embeddings: Tensor, vectors: Tensor, classes: Tensor, tile: int) -> Tensor:
+def _dot_with_class(embeddings: Tensor, vectors: Tensor, rows: Tensor, tile: int) -> Tensor:
     """Return each embedding's product with its class's vector; in blocks: the gather is a copy."""
-    blocks = _blocks(len(embeddings), tile)
-    return torch.cat([(embeddings[b] * vectors[classes[b]]).sum(dim=1) for b in blocks])
+    products = embeddings.new_empty(len(embeddings))
+    for block in _blocks(len(embeddings), tile):
+        torch.sum(embeddings[block] * vectors[rows[block]], dim=1, out=products[block])
+    return products
 
 
-def _subtract_class(grads: Tensor, sums: Tensor, classes: Tensor, tile: int) -> None:
+def _subtract_class(grads: Tensor, sums: Tensor, rows: Tensor, tile: int) -> None:
     for block in _blocks(len(grads), tile):
-        grads[block].sub_(sums[classes[block]])
+        grads[block].sub_(sums[rows[block]])
 
 
 def _sum_of_products(left: Tensor, right: Tensor, tile: int) -> Tensor:
-    blocks = _blocks(len(left), tile)
-    return torch.stack([(left[b] * right[b]).sum() for b in blocks]).sum()
+    total = left.new_zeros(())
+    for block in _blocks(len(left), tile):
+        total += (left[block] * right[block]).sum()
+    return total
