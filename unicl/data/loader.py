@@ -29,12 +29,13 @@ from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
 from unicl.data.reader import Piece, Reader, Skipped, Tokenize, Transform
 from unicl.data.shards import ShardSet
+from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
+
+logger = logging.getLogger("unicl")
 
 # What a worker hands over at a time: small enough to keep shared memory and latency low however
 # large the batch is, large enough that handing over costs nothing beside the decoding.
-logger = logging.getLogger("unicl")
-
 _PIECE = 64
 _BATCHES_AHEAD = 2
 _FEWEST_TO_JUDGE = 100
@@ -43,7 +44,7 @@ _SECONDS_AFTER_SIGTERM = 60
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that are trained on together; bad ones are left out, so it may be short."""
+    """Samples that are trained on together; bad ones are left out: it may be short, or empty."""
 
     images: UInt8[Tensor, "batch 3 height width"]
     tokens: Int64[Tensor, "batch context"]
@@ -52,9 +53,9 @@ class Batch:
     texts: tuple[str, ...]
     """The descriptions, before any template."""
     consumed: int
-    """Stream position after this batch, where the next one starts."""
+    """Stream position after this batch, where the next one starts on all ranks."""
     skipped: dict[str, int]
-    """Number of samples left out since the batch before, by reason."""
+    """Number of samples left out, by reason."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -73,25 +74,31 @@ class Batch:
 
 
 class _Plan(Sampler[tuple[int, int]]):
-    """The pieces (first position, count) from `start` on, none across a batch's end."""
+    """The pieces (first position, count) from `start` on, none across a batch's end.
 
-    def __init__(self, start: int, stop: int | None, batch_size: int) -> None:
+    Args:
+        ranks: they share each batch, the first rank's part before the second's.
+    """
+
+    def __init__(self, start: int, stop: int | None, batch_size: int, ranks: Ranks = ALONE) -> None:
         self.start = start
         self.stop = stop
         self.batch_size = batch_size
+        self.ranks = ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for first, count in self.batches():
-            for position in range(first, first + count, _PIECE):
-                yield position, min(_PIECE, first + count - position)
+        for own, _ in self.batches():
+            for position in own[::_PIECE]:
+                yield position, min(_PIECE, own.stop - position)
 
-    def batches(self) -> Iterator[tuple[int, int]]:
-        """Yield each batch's first position and number of positions."""
+    def batches(self) -> Iterator[tuple[range, int]]:
+        """Yield this rank's positions of each batch, and where the whole batch ends."""
         position = self.start
         while self.stop is None or position < self.stop:
             last = position + self.batch_size
             last = last if self.stop is None else min(last, self.stop)
-            yield position, last - position
+            share = self.ranks.share(last - position)
+            yield range(position + share.start, position + share.stop), last
             position = last
 
 
@@ -150,6 +157,7 @@ class Loader:
         max_image_pixels: Larger images are skipped, judged by their headers.
         max_skipped_share: More skipped samples than this share, of at least 100 or of a whole pass,
             end the run.
+        ranks: The processes that share the data; this one reads its own part only.
 
     Raises:
         UsageError: The batch size is not positive, or the number of workers is negative.
@@ -168,6 +176,7 @@ class Loader:
         seed: int,
         max_image_pixels: int,
         max_skipped_share: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
@@ -177,38 +186,39 @@ class Loader:
         self._reader = Reader(shards, order, transform, tokenize, prompts, seed, max_image_pixels)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.ranks = ranks
         self._max_skipped_share = max_skipped_share
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
-        """Yield batches without end, from a stream position on.
+        """Yield this rank's part of batches without end, from a stream position on.
 
         Raises:
             UniclError: Too large a share of the samples is bad, or a worker was killed.
         """
-        return self._load(_Plan(start, None, self.batch_size))
+        return self._load(_Plan(start, None, self.batch_size, self.ranks))
 
     def epoch(self) -> Generator[Batch, None, None]:
         """Yield every sample once; the last batch may be smaller.
 
+        Of several ranks each gets a run of consecutive samples, the first rank the first.
+
         Raises:
             UniclError: Too large a share of the samples is bad, or a worker was killed.
         """
-        return self._load(_Plan(0, self._reader.shards.num_samples, self.batch_size))
+        own = self.ranks.share(self._reader.shards.num_samples)
+        return self._load(_Plan(own.start, own.stop, self.batch_size))
 
     def _load(self, plan: _Plan) -> Generator[Batch, None, None]:
         tally = _Tally(self._reader.shards, self._max_skipped_share)
-        waiting: Counter[str] = Counter()
         with closing(self._pieces(plan)) as pieces:
-            for first, count in plan.batches():
-                parts = [next(pieces) for _ in range(0, count, _PIECE)]
+            for own, consumed in plan.batches():
+                parts = [next(pieces) for _ in own[::_PIECE]]
                 skipped = [sample for part in parts for sample in part.skipped]
-                tally.add(count, skipped)
+                tally.add(len(own), skipped)
                 tally.check()
-                waiting.update(sample.reason for sample in skipped)
-                # A batch of nothing but bad samples is passed over; the next one reports them.
-                if any(part.keys for part in parts):
-                    yield _join(parts, consumed=first + count, skipped=dict(waiting))
-                    waiting.clear()
+                good = [part for part in parts if part.keys] or [self._reader.empty_piece]
+                reasons = Counter(sample.reason for sample in skipped)
+                yield _join(good, consumed=consumed, skipped=dict(reasons))
         tally.check(last=True)
 
     def _pieces(self, plan: _Plan) -> Generator[Piece, None, None]:
@@ -237,7 +247,8 @@ class Loader:
         # What loads when it is first used, loaded once for all workers.
         Image.init()
         self._reader.tokenize([""])
-        pieces_ahead = _BATCHES_AHEAD * -(-self.batch_size // _PIECE)
+        own_size = -(-self.batch_size // self.ranks.size)
+        pieces_ahead = _BATCHES_AHEAD * -(-own_size // _PIECE)
         with _quiet_start():
             loader = DataLoader(
                 self._reader,
@@ -254,7 +265,6 @@ class Loader:
 
 
 def _join(parts: list[Piece], *, consumed: int, skipped: dict[str, int]) -> Batch:
-    parts = [part for part in parts if part.keys]
     return Batch(
         torch.cat([part.images for part in parts]),
         torch.from_numpy(np.concatenate([part.tokens for part in parts])),

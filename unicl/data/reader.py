@@ -3,6 +3,7 @@
 A piece of a batch is a pure function of its positions. What cannot be used is named and left out.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,13 @@ class Reader(Dataset):
             tuple(texts),
             tuple(skipped),
         )
+
+    @functools.cached_property
+    def empty_piece(self) -> Piece:
+        """No samples, in tensors of the shapes that samples have."""
+        image = self.transform(Image.new("RGB", (8, 8)), 0)
+        tokens = self.tokenize([""]).numpy()
+        return Piece(image[None][:0], tokens[:0], np.empty(0, np.int64), (), (), ())
 
     def _image(self, sample: RawSample, position: int) -> Tensor:
         if not sample.image:

@@ -20,6 +20,7 @@ from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
 from unicl.data.shards import ShardSet, ShardWriter, index_shards
+from unicl.distributed import Ranks
 from unicl.errors import UniclError, UsageError
 
 NAMES = ("cat", "dog", "a bird on a wire", "", "grinning face", "CAT")
@@ -251,14 +252,15 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, num_workers):
     assert [len(batch) for batch in take(lenient.batches(), 3)] == [50, 30, 40]
 
 
-def test_a_batch_of_bad_samples_is_passed_over(tmp_path):
+def test_a_batch_of_bad_samples_is_empty(tmp_path):
     bad = [member for n in range(4) for member in ((f"b{n}.png", b"x"), (f"b{n}.txt", b"t"))]
     shards = folder_of(tmp_path, [*good(range(4)), *bad, *good(range(4, 60))])
     loader = make_loader(shards, shuffle=False, batch_size=4)
-    one, two = take(loader.batches(), 2)
+    one, two, three = take(loader.batches(), 3)
     assert (one.consumed, one.skipped) == (4, {})
-    assert (two.consumed, two.skipped) == (12, {"undecodable image": 4})
-    assert len(two) == 4
+    assert (two.consumed, two.skipped) == (8, {"undecodable image": 4})
+    assert (len(two), two.images.shape, two.tokens.shape) == (0, (0, 3, 12, 12), (0, 24))
+    assert len(three) == 4
 
 
 @pytest.mark.parametrize("limit", [0.1, 1.0])
@@ -266,9 +268,52 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path, limit):
     members = [member for n in range(5) for member in ((f"b{n}.png", b"x"), (f"b{n}.txt", b"t"))]
     loader = make_loader(folder_of(tmp_path, members), max_skipped_share=limit)
     with pytest.raises(UniclError, match="5 of 5 samples"):
-        next(loader.epoch())
+        list(loader.epoch())
     with pytest.raises(UniclError, match="undecodable image"):
-        next(loader.batches())
+        take(loader.batches(), 3)
+
+
+# Ranks
+
+
+class Rank(Ranks):
+    """One of several ranks, without the processes."""
+
+    def __init__(self, rank, size):
+        self.__dict__.update(group=None, of=(rank, size))
+
+    rank = property(lambda self: self.of[0])
+    size = property(lambda self: self.of[1])
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_each_batch_in_order(shards, size, num_workers):
+    whole = take(make_loader(shards).batches(30), 3)
+    parts = [
+        take(make_loader(shards, ranks=Rank(r, size), num_workers=num_workers).batches(30), 3)
+        for r in range(size)
+    ]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
+        assert torch.equal(torch.cat([share.tokens for share in shares]), batch.tokens)
+        assert sum((share.keys for share in shares), ()) == batch.keys
+        assert {share.consumed for share in shares} == {batch.consumed}
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_ranks_than_samples(shards):
+    batches = [
+        take(make_loader(shards, batch_size=2, ranks=Rank(r, 3)).batches(), 2) for r in (0, 1, 2)
+    ]
+    assert [[len(batch) for batch in own] for own in batches] == [[0, 0], [1, 1], [1, 1]]
+    assert batches[0][0].images.shape == (0, 3, 12, 12)
+
+
+def test_ranks_share_an_epoch_in_order(shards):
+    whole = [key for batch in make_loader(shards).epoch() for key in batch.keys]
+    parts = [make_loader(shards, ranks=Rank(r, 4)).epoch() for r in range(4)]
+    assert [key for part in parts for batch in part for key in batch.keys] == whole
 
 
 # Worker processes
