@@ -1,18 +1,19 @@
 """What does the gradient cache save in memory, and what does it cost in time?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.captions import describe, draw_tokens
 from benchmarks.harness import Memory, compare, peak_memory, ratio
 from benchmarks.record import Bar, Result
 from unicl.config import OptimizerConfig
-from unicl.engine.gradient_cache import backward
-from unicl.engine.optimizer import build_optimizer
-from unicl.engine.precision import autocast
+from unicl.distributed import ALONE
+from unicl.engine.gradient_cache import backward, num_chunks
+from unicl.engine.torch_backend import TorchBackend
 from unicl.pretraining import Pretraining
 from unicl.towers.image import ImageTower
 from unicl.towers.text import TextTower
@@ -126,7 +127,8 @@ def _steps(sizes: _Sizes) -> Callable[[int, int | None], Callable[[], None]]:
         TextTower(num_layers=sizes.num_layers),
     )
     task = Pretraining(model)
-    optimizer = build_optimizer(model, OptimizerConfig())
+    backend = TorchBackend(task, OptimizerConfig(), ALONE)
+    backend.encoder.precision = _PRECISION
 
     def step_of(batch_size: int, chunk: int | None) -> Callable[[], None]:
         shape = (batch_size, 3, sizes.image_size, sizes.image_size)
@@ -134,15 +136,8 @@ def _steps(sizes: _Sizes) -> Callable[[int, int | None], Callable[[], None]]:
         batch = _Batch(images, draw_tokens(batch_size), torch.arange(batch_size))
 
         def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            backward(
-                task,
-                task.inputs(batch),
-                chunk=chunk,
-                autocast=lambda: autocast(_PRECISION, images.device),
-            )
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            backward(task, backend, task.inputs(batch), chunks=num_chunks(batch_size, chunk))
+            backend.step(1e-4, norm=math.hypot(*backend.gradient_norms().values()))
 
         return step
 

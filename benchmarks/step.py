@@ -16,9 +16,9 @@ from benchmarks.captions import describe, draw_tokens
 from benchmarks.harness import compare, ratio
 from benchmarks.record import Bar, Result
 from unicl.config import OptimizerConfig
+from unicl.distributed import ALONE
 from unicl.engine.gradient_cache import backward
-from unicl.engine.optimizer import build_optimizer
-from unicl.engine.precision import autocast
+from unicl.engine.torch_backend import TorchBackend
 from unicl.pretraining import Pretraining
 from unicl.towers.image import ImageTower
 from unicl.towers.text import from_open_clip
@@ -106,15 +106,13 @@ def _own_model(peer: CLIP, size: int) -> TwoTower:
 def _own_step(model: TwoTower, batch: _Batch, precision: str) -> Callable[[], float]:
     config = OptimizerConfig()
     task = Pretraining(model)
-    optimizer = build_optimizer(model, config)
+    backend = TorchBackend(task, config, ALONE)
+    backend.encoder.precision = precision
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss, _ = backward(
-            task, task.inputs(batch), chunk=None, autocast=lambda: autocast(precision, _CPU)
-        )
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-        optimizer.step()
+        loss, _ = backward(task, backend, task.inputs(batch))
+        norm = math.hypot(*backend.gradient_norms().values())
+        backend.step(config.learning_rate, norm=norm)
         return float(loss)
 
     return step

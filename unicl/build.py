@@ -18,6 +18,8 @@ from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
 from unicl.data.shards import ShardSet
+from unicl.distributed import ALONE, Ranks, joined, local_rank
+from unicl.engine.backend import Backend
 from unicl.engine.checkpoint import (
     DamagedCheckpointError,
     checkpoints,
@@ -25,6 +27,9 @@ from unicl.engine.checkpoint import (
     load_weights,
     verify_checkpoint,
 )
+from unicl.engine.schedule import learning_rate
+from unicl.engine.task import Task
+from unicl.engine.torch_backend import TorchBackend
 from unicl.engine.trainer import Run, Trainer
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import embed_images
@@ -42,6 +47,13 @@ _FREE_ON_RESUME = {
     "data.max_skipped_share",
     "data.num_workers",
     "description",
+    "engine.backend",
+    "engine.offload_optimizer",
+    "engine.offload_parameters",
+    "engine.persistence_threshold",
+    "engine.reduce_every",
+    "engine.timeout_seconds",
+    "engine.zero_stage",
     "evaluation.batch_size",
     "evaluation.data",
     "evaluation.names",
@@ -49,6 +61,7 @@ _FREE_ON_RESUME = {
     "image_tower.checkpointing",
     "name",
     "text_tower.checkpointing",
+    "trainer.chunk",
     "trainer.device",
     "trainer.eval_every",
     "trainer.keep_best",
@@ -87,15 +100,23 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         UniclError: what stopped the run, in one line.
     """
     folder = Path(out) if out is not None else Path("runs") / recipe.name
-    _check_free(folder, recipe)
-    # Built before anything is written: a mistake in the recipe must not occupy the folder.
-    trainer = build_trainer(recipe, folder)
-    _claim(folder, recipe)
-    return trainer.fit()
+    deepspeed = recipe.engine.backend == "deepspeed"
+    with joined(
+        choose_device(recipe.trainer.device),
+        timeout_seconds=recipe.engine.timeout_seconds,
+        alone=not deepspeed,
+    ) as ranks:
+        if not ranks.first:
+            logger.setLevel(logging.ERROR)  # what all ranks have to say, one says
+        ranks.together(lambda: _check_free(folder, recipe))
+        # Built before anything is written: a mistake in the recipe must not occupy the folder.
+        trainer = ranks.together(lambda: build_trainer(recipe, folder, ranks))
+        ranks.together(lambda: _claim(folder, recipe) if ranks.first else None)
+        return trainer.fit()
 
 
-def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
-    """Build the trainer of a run."""
+def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer:
+    """Build the trainer of a run on one of its ranks; exchanges nothing yet."""
     if not recipe.data.train:
         raise UsageError(
             "data.train is not set; `unicl prepare SOURCE --out DIR` makes such a folder"
@@ -106,15 +127,32 @@ def build_trainer(recipe: Recipe, folder: Path) -> Trainer:
     torch.manual_seed(recipe.trainer.seed)
     model = build_model(recipe).to(device)
     check_image_size(model.image, recipe.image_tower.image_size)
+    task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
     return Trainer(
-        Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile),
-        build_train_loader(recipe),
+        task,
+        build_train_loader(recipe, ranks),
         folder,
+        backend=lambda: build_backend(recipe, task, ranks),
         config=recipe.trainer,
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
-        evaluators=build_evaluators(recipe),
+        learning_rate=functools.partial(
+            learning_rate,
+            peak=recipe.optimizer.learning_rate,
+            final=recipe.schedule.final_learning_rate,
+            warmup_steps=recipe.schedule.warmup_steps,
+            total_steps=recipe.trainer.steps,
+        ),
+        evaluators=build_evaluators(recipe, ranks),
+        ranks=ranks,
     )
+
+
+def build_backend(recipe: Recipe, task: Task, ranks: Ranks = ALONE) -> Backend:
+    """Build what carries out a task's steps, around a model that has its weights."""
+    if recipe.engine.backend == "torch":
+        return TorchBackend(task, recipe.optimizer, ranks)
+    from unicl.engine.deepspeed_backend import DeepSpeedBackend  # takes seconds to import
+
+    return DeepSpeedBackend(task, recipe.optimizer, ranks, recipe.engine)
 
 
 def build_model(recipe: Recipe) -> TwoTower:
@@ -146,7 +184,7 @@ def build_model(recipe: Recipe) -> TwoTower:
     )
 
 
-def build_train_loader(recipe: Recipe) -> Loader:
+def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:
     """Build the endless, reproducible stream of training batches."""
     data, seed, batch_size = recipe.data, recipe.trainer.seed, recipe.trainer.batch_size
     shards = _open_shards(Path(data.train))
@@ -170,10 +208,11 @@ def build_train_loader(recipe: Recipe) -> Loader:
         prompts=PromptSampler(data.templates, short_text_words=data.short_text_words, seed=seed),
         batch_size=batch_size,
         seed=seed,
+        ranks=ranks,
     )
 
 
-def build_eval_loader(recipe: Recipe, folder: Path) -> Loader:
+def build_eval_loader(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Loader:
     """Build one ordered, unaugmented pass over a folder of shards."""
     shards = _open_shards(folder)
     return _build_loader(
@@ -184,6 +223,7 @@ def build_eval_loader(recipe: Recipe, folder: Path) -> Loader:
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=recipe.evaluation.batch_size,
         seed=0,
+        ranks=ranks,
     )
 
 
@@ -215,14 +255,14 @@ def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
     return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
 
 
-def build_evaluators(recipe: Recipe) -> list[HeldOut]:
+def build_evaluators(recipe: Recipe, ranks: Ranks = ALONE) -> list[HeldOut]:
     """Build what a recipe's held-out shards are measured with; none where it names no such data."""
     if recipe.evaluation.data is None:
         return []
-    return [build_held_out(recipe)]
+    return [build_held_out(recipe, ranks)]
 
 
-def build_held_out(recipe: Recipe) -> HeldOut:
+def build_held_out(recipe: Recipe, ranks: Ranks = ALONE) -> HeldOut:
     """Build the evaluation of a recipe's held-out shards: zero-shot and retrieval.
 
     Raises:
@@ -232,7 +272,7 @@ def build_held_out(recipe: Recipe) -> HeldOut:
     if evaluation.data is None:
         raise UsageError("evaluation.data is not set; there is nothing to evaluate on")
     folder = Path(evaluation.data)
-    loader = build_eval_loader(recipe, folder)
+    loader = build_eval_loader(recipe, folder, ranks)
     table = ShardSet.open(Path(evaluation.names) if evaluation.names else folder).table()
     names = [text for text in table.texts if text.strip()]
     if evaluation.names:
@@ -256,10 +296,12 @@ def build_held_out(recipe: Recipe) -> HeldOut:
 
 
 def choose_device(device: str) -> torch.device:
-    """Turn "auto" into a GPU where there is one, and refuse a device that is not there."""
+    """Turn "auto" into this rank's GPU where there is one; refuse a device that is not there."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return torch.device("cuda" if num_gpus else "cpu")
+    if device == "cpu" or (device == "auto" and not num_gpus):
+        return torch.device("cpu")
+    if device in ("auto", "cuda"):
+        device = f"cuda:{local_rank()}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     chosen = torch.device(device)

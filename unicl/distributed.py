@@ -4,14 +4,20 @@ One process alone is a group of one; every exchange is then free, so that nothin
 whether it runs on one rank or on many.
 """
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from unicl.errors import UniclError, UsageError
 
 Value = TypeVar("Value")
 
@@ -94,6 +100,29 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def together(self, work: Callable[[], Value]) -> Value:
+        """Do what may fail on one rank; it then fails on all of them, with the reason.
+
+        The work itself must exchange nothing.
+        """
+        error, value = None, None
+        try:
+            value = work()
+        except Exception as caught:
+            error = caught
+        self.check(error)
+        return cast(Value, value)
+
+    def check(self, error: Exception | None) -> None:
+        """Raise this rank's error if it has one, else the first that another rank has."""
+        if self.group is not None:
+            reasons = self.gather_objects(error and (str(error) or type(error).__name__))
+            for rank, reason in enumerate(reasons):
+                if reason is not None and error is None:
+                    raise UniclError(f"rank {rank} of {self.size}: {reason}")
+        if error is not None:
+            raise error
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.group is not None:
@@ -102,6 +131,128 @@ class Ranks:
 
 ALONE = Ranks()
 """A process by itself."""
+
+
+@contextmanager
+def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) -> Iterator[Ranks]:
+    """Join the ranks that a launcher has started; without a launcher there is one.
+
+    Args:
+        device: Where this rank computes: CPUs talk over gloo, GPUs over NCCL.
+        timeout_seconds: A rank that hears nothing for so long raises instead of waiting on.
+        alone: Whether a single process may do without a process group.
+
+    Raises:
+        UniclError: The other ranks cannot be reached.
+    """
+    launch = find_launch()
+    if dist.is_initialized():
+        yield Ranks(dist.group.WORLD)
+        return
+    if launch is None and alone:
+        yield ALONE
+        return
+    os.environ.update((launch or _SINGLE).environment())
+    gpu = device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if gpu else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UniclError(
+            f"cannot join the other ranks at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {reason}"
+        ) from error
+    try:
+        yield Ranks(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher tells a process about itself and the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Number of the process on its own host, which is its GPU's."""
+    address: str
+    port: int
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that torch and DeepSpeed read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def find_launch() -> Launch | None:
+    """Return what torchrun, the deepspeed launcher or srun have left in the environment, if any.
+
+    Raises:
+        UsageError: A launcher's variables are incomplete.
+    """
+    variables = os.environ
+    try:
+        if "RANK" in variables and "WORLD_SIZE" in variables:
+            return Launch(
+                int(variables["RANK"]),
+                int(variables["WORLD_SIZE"]),
+                int(variables["LOCAL_RANK"]),
+                variables["MASTER_ADDR"],
+                int(variables["MASTER_PORT"]),
+            )
+        # Only srun sets the step's number of tasks: a shell inside of an allocation is alone.
+        if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            return Launch(
+                int(variables["SLURM_PROCID"]),
+                int(variables["SLURM_STEP_NUM_TASKS"]),
+                int(variables["SLURM_LOCALID"]),
+                variables.get("MASTER_ADDR") or first_host(variables["SLURM_STEP_NODELIST"]),
+                # Jobs that share a host get different ports, all ranks of a job the same.
+                int(
+                    variables.get("MASTER_PORT") or 20_000 + int(variables["SLURM_JOB_ID"]) % 20_000
+                ),
+            )
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"the launcher's environment is incomplete: {error}; "
+            f"start with torchrun, deepspeed or srun"
+        ) from error
+    return None
+
+
+def first_host(hosts: str) -> str:
+    """Return the first name of a Slurm host list, such as node003 of "node[003-005,9],login1"."""
+    name, bracket, rest = hosts.partition("[")
+    if not bracket or "," in name:
+        return name.split(",")[0]
+    number = re.match(r"\d+", rest)
+    if number is None:
+        raise ValueError(f"cannot read the host list {hosts!r}")
+    return name + number[0] + rest.partition("]")[2].split(",")[0]
+
+
+def _port(job: int) -> int:
+    """Choose a port: jobs that share a host get different ones, all ranks of a job the same."""
+    return 20_000 + job % 20_000
+
+
+def local_rank() -> int:
+    """Return this process's number on its host."""
+    launch = find_launch()
+    return 0 if launch is None else launch.local_rank
+
+
+_SINGLE = Launch(0, 1, 0, "127.0.0.1", 0)
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -5,6 +5,7 @@ from unicl.config.loading import parse_recipe as parse_recipe
 from unicl.config.loading import recipe_names as recipe_names
 from unicl.config.loading import recipe_to_toml as recipe_to_toml
 from unicl.config.schema import DataConfig as DataConfig
+from unicl.config.schema import EngineConfig as EngineConfig
 from unicl.config.schema import EvaluationConfig as EvaluationConfig
 from unicl.config.schema import ImageTowerConfig as ImageTowerConfig
 from unicl.config.schema import LossConfig as LossConfig

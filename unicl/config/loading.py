@@ -127,10 +127,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         (inner,) = (a for a in args if a is not type(None))
         return None if value == "none" else _convert(value, inner, key)
     if origin is Literal:
-        if value not in args:
+        # Types count: True equals 1, but is no choice among numbers.
+        text = isinstance(value, _Override)
+        chosen = [
+            a for a in args if (text and value == str(a)) or (type(value), value) == (type(a), a)
+        ]
+        if not chosen:
             options = ", ".join(map(str, args))
             raise UsageError(f"{key} must be one of {options}; got {value!r}")
-        return str(value)
+        return chosen[0]
     if origin is tuple:
         parts = value.strip("[]() ").split(",") if isinstance(value, _Override) else value
         if not isinstance(parts, list | tuple) or len(parts) != len(args):

@@ -202,9 +202,10 @@ class TrainerConfig:
     batch_size: int = 256
     """Samples per step over all ranks."""
     chunk: int | None = None
-    """Gradient cache: rows whose activations exist at one time; unset keeps the whole batch's."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast type of the towers; auto times a step of each here and takes the faster."""
+    """Gradient cache: rows per rank whose activations exist at one time; unset keeps them all."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type of the towers. auto: bf16 on a GPU; on a CPU the faster of fp32 and bf16 in a
+    step of each, or fp32 on several ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     seed: int = 0
@@ -233,6 +234,40 @@ class TrainerConfig:
             0 <= self.seed < 2**32, f"trainer.seed must lie in [0, 4294967296), got {self.seed}"
         )
         _require_not_negative(self, "trainer", "max_nonfinite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How several ranks carry out a step; no result depends on it, but for the last bits."""
+
+    backend: Literal["torch", "deepspeed"] = "torch"
+    """torch keeps everything on every rank (DDP); deepspeed shares it out (ZeRO)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What deepspeed shares out: nothing, optimizer states, gradients too, parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory and update there; needs ZeRO 1 to 3."""
+    offload_parameters: bool = False
+    """Keep this rank's part of the parameters in the host's memory; needs ZeRO 3."""
+    reduce_every: Literal["step", "chunk"] = "step"
+    """With a gradient cache: average gradients over the ranks once per step, which holds the whole
+    gradient on every rank, or after every chunk, which keeps it shared out at ZeRO 2 and 3."""
+    persistence_threshold: int = 100_000
+    """Parameters with fewer elements stay whole on every rank at ZeRO 3."""
+    timeout_seconds: int = 600
+    """A rank that hears nothing from the others for so long ends the run."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "engine", "timeout_seconds")
+        _require_not_negative(self, "engine", "persistence_threshold")
+        deepspeed = self.backend == "deepspeed"
+        _require(
+            not self.offload_optimizer or (deepspeed and self.zero_stage > 0),
+            "engine.offload_optimizer needs engine.backend deepspeed and engine.zero_stage 1 to 3",
+        )
+        _require(
+            not self.offload_parameters or (deepspeed and self.zero_stage == 3),
+            "engine.offload_parameters needs engine.backend deepspeed and engine.zero_stage 3",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +311,8 @@ class Recipe:
     """The learning-rate schedule."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The trainer."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The evaluation."""
 

@@ -1,18 +1,20 @@
 """Checkpoints: folders of safetensors and JSON, complete or absent, and nothing to unpickle.
 
     checkpoints/step-00000500/
-        model.safetensors       the weights, all that is needed to use the model
-        optimizer.safetensors   the moments, by parameter name
-        state.json              step, position in the data, running means, best metric
-        SHA256SUMS              of the three files, as `sha256sum -c` reads them
+        model.safetensors                      all weights: what is needed to use the model
+        optimizer-00001-of-00002.safetensors   moments by parameter name, some on each rank
+        state.json                             step, position in the data, running means, ...
+        SHA256SUMS                             of all files, as `sha256sum -c` reads them
 
-A checkpoint is written beside its final name, flushed to disk and renamed, so that a run killed
-at any instant finds either the whole of it or the one before. What a disk damages later, the
-digests tell.
+Every tensor is whole, whatever ranks and ZeRO stage wrote it, so any others can go on from it. A
+checkpoint is written beside its final name, flushed to disk and renamed, so that a run killed at
+any instant finds either the whole of it or the one before. What a disk damages later, the digests
+tell.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,20 +22,22 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unicl.distributed import ALONE, Ranks
+from unicl.engine.backend import MOMENTS, Backend
 from unicl.errors import UniclError
 
 logger = logging.getLogger("unicl")
 
 _NAME = re.compile(r"step-(\d{8})")
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_FILES = ("model.safetensors", "state.json")
 _SUMS = "SHA256SUMS"
 
 
@@ -41,37 +45,52 @@ class DamagedCheckpointError(UniclError):
     """A checkpoint is not as it was written."""
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of a step atomically and return its folder.
+def save_checkpoint(folder: Path, step: int, backend: Backend, state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of a step atomically, on all ranks together, and return its folder.
 
     Raises:
         UniclError: the disk is full, or the folder cannot be written; older checkpoints are whole.
     """
+    ranks = backend.ranks
     final = folder / f"step-{step:08d}"
-    if final.exists():  # equal steps hold equal values: the run is a function of its recipe
+    unfinished = folder / f".{final.name}.partial"
+    # Equal steps hold equal values: the run is a function of its recipe.
+    if any(ranks.gather_objects(final.exists())):
         return final
-    partial = folder / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), partial / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        sums = [f"{_digest(partial / name)}  {name}\n" for name in _FILES]
-        (partial / _SUMS).write_text("".join(sums))
-        for path in [*partial.iterdir(), partial]:
+
+    def clear() -> None:
+        if ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+
+    def write() -> list[str]:
+        shard = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors"
+        save_file(moments, unfinished / shard)
+        written = [unfinished / shard]
+        if ranks.first:
+            written += [unfinished / name for name in _FILES]
+            save_file(weights, unfinished / "model.safetensors")
+            (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        for path in written:
             _flush(path)
-        partial.rename(final)
-        _flush(folder)
+        return [f"{_digest(path)}  {path.name}\n" for path in written]
+
+    def finish() -> None:
+        if ranks.first:
+            (unfinished / _SUMS).write_text("".join(itertools.chain.from_iterable(sums)))
+            _flush(unfinished / _SUMS)
+            _flush(unfinished)
+            unfinished.rename(final)
+            _flush(folder)
+
+    try:
+        ranks.together(clear)
+        weights = backend.weights()
+        moments = backend.moments(_share(backend.sizes, ranks))
+        sums = ranks.gather_objects(ranks.together(write))
+        ranks.together(finish)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise UniclError(
             f"cannot write checkpoint {final}: {_reason(error)}; older checkpoints are whole: "
             f"make room, repeat the command, and the run goes on from the newest"
@@ -79,68 +98,54 @@ def save_checkpoint(
     return final
 
 
-def load_newest(
-    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Load the newest checkpoint that is whole and return its state; None where there is none.
+def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Path | None:
+    """Return the newest checkpoint that is whole, the same one on all ranks; None if there is none.
 
     Damaged ones that are newer are set aside: the run will write those steps again.
 
     Raises:
-        UniclError: no checkpoint is whole, or the newest whole one is of another architecture.
+        UniclError: there are checkpoints, but none is whole.
     """
-    damaged: list[tuple[Path, DamagedCheckpointError]] = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            state = load_checkpoint(path, model=model, optimizer=optimizer)
-        except DamagedCheckpointError as error:
-            damaged.append((path, error))
+    damaged: list[tuple[Path, str]] = []
+    (found,) = ranks.gather_objects(checkpoints(folder) if ranks.first else None)[:1]
+    for path in reversed(found or []):
+        # The ranks share the reading: each one looks at some of the files.
+        why = [each for each in ranks.gather_objects(_damage_of(path, ranks)) if each]
+        if why:
+            damaged.append((path, why[0]))
             continue
-        for bad, why in damaged:
-            logger.warning("%s; set aside, going on from %s", why, path.name)
-            _set_aside(bad)
-        return state
+        ranks.together(partial(_set_aside, damaged if ranks.first else [], path))
+        return path
     if damaged:
-        _, newest = damaged[0]
         raise UniclError(
-            f"no checkpoint in {folder} is whole ({newest}); "
+            f"no checkpoint in {folder} is whole ({damaged[0][1]}); "
             f"remove that folder to train from the start"
         )
     return None
 
 
-def load_checkpoint(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load a checkpoint into model and optimizer, and return its state.
+def load_moments(path: Path, backend: Backend, *, updates: int) -> None:
+    """Load the moments of a checkpoint, whichever ranks have written them.
 
     Raises:
-        DamagedCheckpointError: a file is missing or not as it was written.
-        UniclError: the checkpoint is of another architecture.
+        DamagedCheckpointError: a file cannot be read, or moments are missing.
     """
-    verify_checkpoint(path)
-    load_weights(path / "model.safetensors", model)
-    tensors = _read(path / "optimizer.safetensors")
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, name = key.split(":", 1)
-        moments.setdefault(name, {})[kind] = tensor
-    for name, parameter in model.named_parameters():
-        if name in moments:
-            values = moments[name]
-            device = parameter.device
-            optimizer.state[parameter] = {
-                # The step counter of fused AdamW must live where the kernel runs.
-                kind: value.to(device)
-                for kind, value in values.items()
-            }
-    return load_state(path)
+    if updates == 0:
+        return
+    moments: dict[str, Tensor] = {}
+    for shard in sorted(path.glob("optimizer-*.safetensors")):
+        moments |= _read(shard)
+    for name in backend.sizes:
+        if not all(f"{kind}:{name}" in moments for kind in MOMENTS):
+            raise DamagedCheckpointError(f"{path} is damaged: it has no moments of {name}")
+    backend.load_moments(moments, updates=updates)
 
 
-def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
+def verify_checkpoint(path: Path, *, only: str | None = None, ranks: Ranks = ALONE) -> None:
     """Compare a checkpoint's files, or only one of them, with the digests written beside them.
 
-    A folder without digests, put together by hand, is taken as it is.
+    A folder without digests, put together by hand, is taken as it is. Of several ranks each looks
+    at its share of the files, and may find nothing wrong where another one does.
 
     Raises:
         DamagedCheckpointError: a file is missing or not as it was written.
@@ -148,14 +153,17 @@ def verify_checkpoint(path: Path, *, only: str | None = None) -> None:
     """
     sums = path / _SUMS
     with _damage(path):
-        digests = {name: _digest(path / name) for name in ([only] if only else _FILES)}
         if not sums.exists():
-            logger.warning("%s has no %s; its files are taken as they are", path, _SUMS)
+            for name in [only] if only else _FILES:
+                _digest(path / name)
+            if ranks.first:
+                logger.warning("%s has no %s; its files are taken as they are", path, _SUMS)
             return
         lines = (line.split(maxsplit=1) for line in sums.read_text().splitlines())
         expected = {name: digest for digest, name in lines}
-        for name, digest in digests.items():
-            if expected.get(name) != digest:
+        names = [only] if only else sorted({*expected, *_FILES})[ranks.rank :: ranks.size]
+        for name in names:
+            if expected.get(name) != _digest(path / name):
                 raise DamagedCheckpointError(
                     f"{path / name} is damaged: its SHA-256 is not the one in {_SUMS}"
                 )
@@ -236,18 +244,24 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep: set[int]) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return _contiguous(
-        {
-            f"{kind}:{name}": value
-            for name, parameter in model.named_parameters()
-            for kind, value in optimizer.state.get(parameter, {}).items()
-        }
-    )
+def _share(sizes: Mapping[str, int], ranks: Ranks) -> set[str]:
+    """Return the parameters whose moments this rank writes, such that files are of one size."""
+    loads = [0] * ranks.size
+    own = set()
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        rank = loads.index(min(loads))
+        loads[rank] += sizes[name]
+        if rank == ranks.rank:
+            own.add(name)
+    return own
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _damage_of(path: Path, ranks: Ranks) -> str | None:
+    try:
+        verify_checkpoint(path, ranks=ranks)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -260,15 +274,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that its step can be written again."""
-    aside = path.with_name(f"{path.name}.damaged")
-    try:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        path.rename(aside)
-    except OSError as error:
-        raise UniclError(f"cannot rename {path} to {aside.name}: {_reason(error)}") from error
+def _set_aside(damaged: list[tuple[Path, str]], whole: Path) -> None:
+    """Rename damaged checkpoints, so that their steps can be written again."""
+    for path, why in damaged:
+        logger.warning("%s; set aside, going on from %s", why, whole.name)
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            path.rename(aside)
+        except OSError as error:
+            raise UniclError(f"cannot rename {path} to {aside.name}: {_reason(error)}") from error
 
 
 def _flush(path: Path) -> None:

@@ -1,86 +1,93 @@
 """Forward and backward of one step, whole or in chunks (gradient cache, Gao et al. 2021).
 
 Both give the same gradient. In chunks, first every row is encoded without a graph, then the loss
-gives the gradient of each embedding, then each chunk is encoded again, with the random state of
-the first time, and receives its rows of that gradient. One extra forward buys activations that
-do not grow with the batch.
+gives the gradient of each embedding, then each chunk is encoded again, with the seed of the first
+time, and receives its rows of that gradient. One extra forward buys activations that
+do not grow with the batch. Across ranks the gradient is averaged once, with the last chunk.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from unicl.data.order import mix
+from unicl.engine.backend import Backend
 from unicl.engine.task import Task, TaskInputs
 
-Autocast = Callable[[], AbstractContextManager[object]]
+
+def num_chunks(most_rows: int, chunk: int | None) -> int:
+    """Return into how many chunks a step goes, given the most rows of any tower on any rank."""
+    return 1 if chunk is None else max(1, -(-most_rows // chunk))
 
 
 def backward(
-    task: Task, inputs: TaskInputs, *, chunk: int | None, autocast: Autocast
+    task: Task, backend: Backend, inputs: TaskInputs, *, chunks: int = 1, seed: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulate the gradient of the task's loss into its parameters.
 
     Args:
         task: what is trained.
-        inputs: the batch, laid out by `task.inputs`.
-        chunk: rows per forward and backward of a tower; None encodes all rows at once.
-        autocast: makes the context the towers run in; the loss runs outside of it.
+        backend: encodes, and gathers gradients.
+        inputs: this rank's part of the batch, laid out by `task.inputs`; a tower may have no rows.
+        chunks: into how many chunks the rows of every tower go; equal on all ranks, because with
+            ZeRO 3 each forward is an exchange.
+        seed: decides what dropout and stochastic depth draw.
 
     Returns:
         The detached loss and the task's metrics.
     """
-    if chunk is None or all(len(rows) <= chunk for rows in inputs.towers.values()):
-        with autocast():
-            embeddings = {name: task.encode(name, rows) for name, rows in inputs.towers.items()}
-        loss, metrics = task.loss(embeddings, inputs.context)
-        loss.backward()
-        return loss.detach(), metrics
-    return _cached_backward(task, inputs, chunk, autocast)
-
-
-def _cached_backward(
-    task: Task, inputs: TaskInputs, chunk: int, autocast: Autocast
-) -> tuple[Tensor, dict[str, Tensor]]:
-    random_states: dict[str, list[_RandomState]] = {}
-    embeddings: dict[str, Tensor] = {}
-    with torch.no_grad(), autocast():
-        for name, rows in inputs.towers.items():
-            random_states[name] = []
-            encoded = []
-            for part in rows.split(chunk):
-                random_states[name].append(_RandomState(part.device))
-                encoded.append(task.encode(name, part))
-            embeddings[name] = torch.cat(encoded).requires_grad_()
-
-    # Parameters of the loss itself, such as the scale, get their gradient here and only here.
+    parts = _split(inputs.towers, chunks)
+    if chunks > 1:
+        return _cached_backward(task, backend, inputs, parts, seed)
+    backend.begin_part(last=True)
+    embeddings = _unpad(backend.encode(parts[0], seed), inputs)
     loss, metrics = task.loss(embeddings, inputs.context)
-    loss.backward()
-
-    after = _RandomState(loss.device)
-    for name, rows in inputs.towers.items():
-        gradient = embeddings.pop(name).grad
-        assert gradient is not None, f"the loss does not depend on the {name} tower"
-        parts = zip(rows.split(chunk), gradient.split(chunk), random_states[name], strict=True)
-        for part, part_gradient, state in parts:
-            state.restore()
-            with autocast():
-                encoded_part = task.encode(name, part)
-            encoded_part.backward(part_gradient)
-    after.restore()
+    backend.backward(loss)
     return loss.detach(), metrics
 
 
-class _RandomState:
-    """The generators that dropout and stochastic depth draw from, as they are now."""
+def _cached_backward(
+    task: Task, backend: Backend, inputs: TaskInputs, parts: list[dict[str, Tensor]], seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.no_grad():
+        encoded = [backend.encode(rows, mix(seed, part)) for part, rows in enumerate(parts)]
+    learning = [tower for tower in inputs.towers if tower not in inputs.frozen]
+    leaves = {tower: torch.cat([rows[tower] for rows in encoded]) for tower in inputs.towers}
+    for tower in learning:
+        leaves[tower].requires_grad_()
+    loss, metrics = task.loss(_unpad(leaves, inputs), inputs.context)
+    found = torch.autograd.grad(loss, [leaves[tower] for tower in learning])
+    gradients = {
+        tower: gradient.split([len(rows[tower]) for rows in encoded])
+        for tower, gradient in zip(learning, found, strict=True)
+    }
+    del leaves, encoded, found
 
-    def __init__(self, device: torch.device) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._device = device
+    with backend.accumulate():
+        for part, rows in enumerate(parts):
+            backend.begin_part(last=part == len(parts) - 1)
+            encoded_part = backend.encode({t: rows[t] for t in learning}, mix(seed, part))
+            # The derivative of this sum is the embeddings' gradient, passed on to the parameters.
+            products = [(encoded_part[t] * gradients[t][part]).sum() for t in learning]
+            backend.backward(torch.stack(products).sum())
+    return loss.detach(), metrics
 
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+
+def _split(towers: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Cut each tower's rows into parts that differ by one row at most, and that all have one.
+
+    So every parameter is used in every part, on every rank: what DDP and ZeRO count on. A tower
+    with fewer rows than parts encodes zeros besides, and no gradient comes back to those.
+    """
+    split = {}
+    for tower, rows in towers.items():
+        missing = count - len(rows)
+        if missing > 0:
+            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        split[tower] = rows.tensor_split(count)
+    return [{tower: rows[part] for tower, rows in split.items()} for part in range(count)]
+
+
+def _unpad(embeddings: Mapping[str, Tensor], inputs: TaskInputs) -> dict[str, Tensor]:
+    return {tower: embeddings[tower][: len(rows)] for tower, rows in inputs.towers.items()}

@@ -47,10 +47,14 @@ class MetricsLog:
         folder: the run.
         step: the run continues after this step; rows of later steps, written by a process that
             died before its next checkpoint, are removed.
+        active: only one of several ranks writes.
     """
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, active: bool = True) -> None:
+        self.active = active
         self.path = folder / "metrics.jsonl"
+        if not active:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         with atomic_file(self.path) as file:
@@ -60,6 +64,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one row, and have it on disk before anything that builds on it."""
+        if not self.active:
+            return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -68,8 +74,16 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close both files."""
+        if not self.active:
+            return
         self._file.close()
         self._events.close()
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,38 +1,46 @@
-"""The training loop: one task, one loader, one device."""
+"""The training loop: one task, one stream of batches, one backend; equal on every rank."""
 
 import contextlib
 import logging
+import math
+import signal
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
-from unicl.config import OptimizerConfig, ScheduleConfig, TrainerConfig
+from unicl.config import TrainerConfig
+from unicl.data.order import mix
+from unicl.distributed import ALONE, Ranks
+from unicl.engine.backend import Backend
 from unicl.engine.checkpoint import (
     checkpoints,
-    load_newest,
+    load_moments,
+    load_state,
+    load_weights,
+    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from unicl.engine.gradient_cache import backward
-from unicl.engine.interruption import catch_interruption
+from unicl.engine.gradient_cache import backward, num_chunks
+from unicl.engine.interruption import Interruption, catch_interruption
 from unicl.engine.metrics import (
     MetricsLog,
     RunningMeans,
     StepClock,
+    append_row,
     log_evaluation,
     log_line,
     log_skipped,
 )
-from unicl.engine.optimizer import build_optimizer
-from unicl.engine.precision import autocast, faster_precision
-from unicl.engine.schedule import learning_rate
-from unicl.engine.task import Task
+from unicl.engine.precision import LossScale, autocast, faster_precision
+from unicl.engine.task import Task, TaskInputs
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
@@ -70,13 +78,14 @@ class Trainer:
     """Trains a task to its last step, from the newest checkpoint of the run's folder if there is.
 
     Args:
-        task: what is trained; its model is on the device already.
-        loader: the batches.
-        folder: the run.
+        task: what is trained; its model is on the device already, equal on all ranks.
+        loader: this rank's part of the batches.
+        folder: the run, the same folder for all ranks.
+        backend: makes the backend, once the model has the weights to start from.
         config: length, batch, precision and what is written when.
-        optimizer: the optimizer's configuration.
-        schedule: the learning rate's.
-        evaluators: called with the model; they return figures by name.
+        learning_rate: the rate of every step.
+        evaluators: called with the model; they return figures by name, equal on all ranks.
+        ranks: the processes that train together.
     """
 
     def __init__(
@@ -85,37 +94,40 @@ class Trainer:
         loader: Batches,
         folder: Path,
         *,
+        backend: Callable[[], Backend],
         config: TrainerConfig,
-        optimizer: OptimizerConfig,
-        schedule: ScheduleConfig,
+        learning_rate: Callable[[int], float],
         evaluators: Sequence[Evaluator] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.loader, self.folder, self.config = task, loader, folder, config
-        self.optimizer_config, self.schedule, self.evaluators = optimizer, schedule, evaluators
+        self.learning_rate, self.evaluators, self.ranks = learning_rate, evaluators, ranks
+        self._make_backend = backend
         self.device = next(task.model.parameters()).device
-        self.optimizer = build_optimizer(task.model, optimizer)
         self.step = 0
+        self.updates = 0
         self.consumed = 0
-        self.skipped: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
         self.nonfinite = 0
         self.means = RunningMeans()
         self.evaluation: dict[str, float] = {}
         self.best: tuple[float, int] | None = None
         self.precision: str = config.precision
+        self.loss_scale = LossScale()
         self.clock = StepClock()
 
     def fit(self) -> Run:
         """Train from wherever the run's folder stands to the last step.
 
         Raises:
-            Interrupted: SIGTERM or Ctrl-C; everything is saved.
+            Interrupted: a rank got SIGTERM, SIGUSR1 or Ctrl-C; everything is saved.
             UniclError: non-finite gradients past the limit, unreadable data, a full disk.
         """
         self.resume()
         finished = self.step >= self.config.steps
         if finished and (self.evaluation or not self.evaluators):
             return self._run()
-        self.log = MetricsLog(self.folder, step=self.step)
+        self.log = MetricsLog(self.folder, step=self.step, active=self.ranks.first)
         with (
             contextlib.closing(self.log),
             contextlib.closing(self.loader.batches(start=self.consumed)) as batches,
@@ -123,55 +135,83 @@ class Trainer:
             self._progress() as advance,
         ):
             while self.step < self.config.steps:
-                self.update(next(batches))
+                self.update(self.next_batch(batches, interruption))
                 advance()
                 if self._due(self.config.log_every):
                     self.report()
                 improved = self._due(self.config.eval_every) and self.evaluate()
-                if self._due(self.config.save_every) or improved or interruption:
+                if self._due(self.config.save_every) or improved:
                     self.save()
-                if interruption and self.step < self.config.steps:
-                    raise Interrupted(
-                        f"{interruption.signal_name}: saved at step {self.step}; "
-                        f"repeat the command to go on"
-                    )
             if finished:  # but its evaluation had failed
                 self.evaluate()
         log_skipped(self.skipped)
         return self._run()
 
+    def next_batch(self, batches: Iterator[Any], interruption: Interruption) -> Any:
+        """Return this rank's part of the next batch that has samples on any rank.
+
+        Here the ranks agree whether to go on: what one of them cannot read ends the run on all.
+        """
+        while True:
+            batch: Any = None
+            error = None
+            try:
+                batch = next(batches)
+            except Exception as caught:
+                error = caught
+            said = self.ranks.gather_numbers(
+                error is not None,
+                interruption.signal_number,
+                len(batch.keys) if batch else 0,
+                bool(batch and batch.skipped),
+            )
+            failed, signals, sizes, skipped = zip(*said, strict=True)
+            if any(signals):
+                self.interrupt(max(signals))
+            if any(failed):
+                self.ranks.check(error)
+            if any(skipped):
+                for reasons in self.ranks.gather_objects(batch.skipped):
+                    self.skipped.update(reasons)
+            self.consumed = batch.consumed
+            if any(sizes):
+                self.clock.add(sum(sizes))
+                return batch
+
     def update(self, batch: Any) -> None:
         """Do one step: forward, loss, backward, clip, optimizer."""
-        batch = batch.to(self.device)
-        inputs = self.task.inputs(batch)
+        inputs = self.task.inputs(batch).to(self.device)
+        chunks = self._num_chunks(inputs)
         if self.precision == "auto":
-            self._choose_precision(inputs)
-        # Stochastic depth is a function of (seed, step): nothing random has to be saved.
-        torch.manual_seed(self.config.seed * 1_000_003 + self.step)
-        rate = self._set_learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = backward(
-            self.task, inputs, chunk=self.config.chunk, autocast=self._autocast(self.precision)
-        )
-        norm = nn.utils.clip_grad_norm_(
-            self.task.model.parameters(), self.optimizer_config.clip_grad_norm or float("inf")
-        )
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            self.optimizer.step()
-            self._note({"loss": loss, "grad_norm": norm, "learning_rate": rate, **metrics})
+            self._choose_precision(inputs, chunks)
+        self.backend.encoder.precision = self.precision
+        self.backend.loss_scale = self.loss_scale.value if self.precision == "fp16" else 1.0
+        rate = self.learning_rate(self.step)
+        # Stochastic depth is a function of (seed, step, rank): nothing random has to be saved.
+        seed = mix(self.config.seed, self.step, self.ranks.rank)
+        loss, metrics = backward(self.task, self.backend, inputs, chunks=chunks, seed=seed)
+        norms = self.backend.gradient_norms()
+        norm = math.hypot(*norms.values())
+        if math.isfinite(float(loss)) and math.isfinite(norm):
+            self.backend.step(rate, norm=norm)
+            self.updates += 1
+            self.loss_scale.grow()
+            norms = {f"grad_norm/{tower}": value for tower, value in norms.items()}
+            self._note({"loss": loss, "grad_norm": norm, "learning_rate": rate, **norms, **metrics})
         else:
-            self._count_nonfinite(batch)
+            self.backend.drop()
+            overflow = math.isfinite(float(loss)) and self.precision == "fp16"
+            if not (overflow and self.loss_scale.shrink()):
+                self._count_nonfinite(batch, float(loss), norms)
         self.step += 1
-        self.consumed = batch.consumed
-        self.clock.add(len(batch.keys))
-        for reason, count in batch.skipped.items():
-            self.skipped[reason] = self.skipped.get(reason, 0) + count
 
     def report(self) -> None:
         """Write the means since the last report."""
         rate, seconds_left = self.clock.read(self.config.steps - self.step)
         row = {**self.means.pop(), "train/samples_per_second": rate}
-        row["train/skipped"] = float(sum(self.skipped.values()))
+        row["train/skipped"] = float(self.skipped.total())
+        if self.precision == "fp16":
+            row["train/loss_scale"] = self.loss_scale.value
         self.log.write(self.step, row)
         if "train/loss" in row:
             log_line(self.step, self.config.steps, row, seconds_left)
@@ -196,11 +236,19 @@ class Trainer:
             self.best = (self.evaluation[name], self.step)
         return improved
 
+    def interrupt(self, number: int) -> NoReturn:
+        """Save and stop, because a signal asked for it."""
+        self.save()
+        raise Interrupted(
+            f"{signal.Signals(number).name}: saved at step {self.step}; repeat the command to go on"
+        )
+
     def save(self) -> None:
         """Write a checkpoint, then remove those that are no longer wanted."""
         folder = self.folder / "checkpoints"
         state = {
             "consumed": self.consumed,
+            "updates": self.updates,
             "skipped": self.skipped,
             "nonfinite": self.nonfinite,
             "means": self.means.state(),
@@ -208,37 +256,43 @@ class Trainer:
             "keep_best": self.config.keep_best,
             "best": self.best,
             "precision": self.precision,
+            "loss_scale": self.loss_scale.state(),
         }
-        save_checkpoint(
-            folder, self.step, model=self.task.model, optimizer=self.optimizer, state=state
-        )
-        keep = {self.best[1]} if self.best else set()
-        prune_checkpoints(folder, keep_last=self.config.keep_last, keep=keep)
+        save_checkpoint(folder, self.step, self.backend, state)
+        if self.ranks.first:
+            keep = {self.best[1]} if self.best else set()
+            prune_checkpoints(folder, keep_last=self.config.keep_last, keep=keep)
 
     def resume(self) -> None:
-        """Load the newest whole checkpoint of the run's folder, if there is one."""
-        state = load_newest(
-            self.folder / "checkpoints", model=self.task.model, optimizer=self.optimizer
-        )
-        if state is None:
+        """Make the backend, from the newest whole checkpoint of the run's folder if there is."""
+        path = newest_checkpoint(self.folder / "checkpoints", self.ranks)
+        if path is None:
+            self.backend = self._make_backend()
             return
+        load_weights(path / "model.safetensors", self.task.model)
+        self.backend = self._make_backend()
+        state = load_state(path)
+        load_moments(path, self.backend, updates=state["updates"])
         self.step = state["step"]
+        self.updates = state["updates"]
         self.consumed = state["consumed"]
-        self.skipped = state["skipped"]
+        self.skipped = Counter(state["skipped"])
         self.nonfinite = state["nonfinite"]
         self.means = RunningMeans(**state["means"])
         self.evaluation = state["evaluation"]
         same_metric = state["keep_best"] == self.config.keep_best
         self.best = tuple(state["best"]) if state["best"] and same_metric else None
         self.precision = state["precision"]
+        self.loss_scale = LossScale(**state["loss_scale"])
         if self.step < self.config.steps:
             logger.info("continuing %s from step %d", self.folder, self.step)
 
     def _evaluated(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            with torch.no_grad(), self._autocast(self.precision)():
-                found.update(evaluator(self.task.model))
+        with self.backend.whole_model() as model:
+            for evaluator in self.evaluators:
+                with torch.no_grad(), autocast(self.precision, self.device):
+                    found.update(evaluator(model))
         name = self.config.keep_best
         if name is not None and name not in found:
             known = ", ".join(found)
@@ -255,37 +309,38 @@ class Trainer:
         last = self.step == self.config.steps
         return last or (every is not None and self.step % every == 0)
 
-    def _set_learning_rate(self) -> float:
-        rate = learning_rate(
-            self.step,
-            peak=self.optimizer_config.learning_rate,
-            final=self.schedule.final_learning_rate,
-            warmup_steps=self.schedule.warmup_steps,
-            total_steps=self.config.steps,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+    def _num_chunks(self, inputs: TaskInputs) -> int:
+        if self.config.chunk is None:
+            return 1
+        most = max(len(rows) for rows in inputs.towers.values())
+        return num_chunks(max(self.ranks.gather_numbers(most))[0], self.config.chunk)
 
-    def _autocast(self, precision: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-        return lambda: autocast(precision, self.device)
-
-    def _choose_precision(self, inputs: Any) -> None:
+    def _choose_precision(self, inputs: TaskInputs, chunks: int) -> None:
         def forward_backward(precision: str) -> None:
-            backward(self.task, inputs, chunk=self.config.chunk, autocast=self._autocast(precision))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.backend.encoder.precision = precision
+            backward(self.task, self.backend, inputs, chunks=chunks)
+            self.backend.drop()
 
-        self.precision = faster_precision(forward_backward)
-        logger.info("precision %s: the faster one on this %s", self.precision, self.device.type)
+        if self.device.type == "cuda":
+            self.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        elif self.ranks.size > 1:
+            self.precision = "fp32"
+        else:
+            self.precision = faster_precision(forward_backward)
+            logger.info("precision %s: the faster one on this CPU", self.precision)
 
-    def _count_nonfinite(self, batch: Any) -> None:
+    def _count_nonfinite(self, batch: Any, loss: float, norms: Mapping[str, float]) -> None:
         self.nonfinite += 1
+        keys = [key for part in self.ranks.gather_objects(batch.keys) for key in part]
+        path = self.folder / "nonfinite.jsonl"
+        if self.ranks.first:
+            append_row(path, {"step": self.step, "loss": loss, "norms": norms, "keys": keys})
         if self.nonfinite > self.config.max_nonfinite:
             saved = checkpoints(self.folder / "checkpoints")
             last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
             raise UniclError(
                 f"loss or gradient is not finite at step {self.step} (sample keys from "
-                f"{batch.keys[0]} to {batch.keys[-1]}); {last}; try a lower "
+                f"{keys[0]} to {keys[-1]}, all in {path}); {last}; try a lower "
                 f"optimizer.learning_rate in another --out, or let trainer.max_nonfinite skip steps"
             )
         logger.warning("step %d skipped: loss or gradient is not finite", self.step)
@@ -294,6 +349,7 @@ class Trainer:
     def _progress(self) -> Iterator[Callable[[], None]]:
         """Show a bar where a person waits; a log file gets the log lines only."""
         console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        hidden = not console.is_terminal or not self.ranks.first
+        with Progress(console=console, disable=hidden, transient=True) as bar:
             line = bar.add_task(self.folder.name, total=self.config.steps, completed=self.step)
             yield lambda: bar.advance(line)

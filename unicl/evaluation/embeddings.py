@@ -1,5 +1,6 @@
 """Embed a data set or a list of texts with a model's two towers; every evaluator starts here."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from unicl.data.loader import Batch, Tokenize
+from unicl.distributed import Ranks
 from unicl.errors import UniclError
 
 # Two similarities that differ by less than rounding are a tie.
@@ -20,6 +22,9 @@ TIE = 1e-6
 # Texts are sorted by length inside blocks of this many batches: long enough that every batch holds
 # texts of one length (the text tower trims a batch to its longest), short enough to stay in memory.
 _BATCHES_PER_BLOCK = 64
+
+_NONE = torch.empty(0, 0)
+_NO_LABELS = torch.empty(0, dtype=torch.int64)
 
 
 @runtime_checkable
@@ -46,8 +51,12 @@ class TwoTowers(Protocol):
 class Samples(Protocol):
     """A data set that can be passed over once; `unicl.data.loader.Loader` is one."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the data set."""
+
     def epoch(self) -> Iterator[Batch]:
-        """Batches of one pass, in order."""
+        """This rank's batches of one pass, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ def evaluating(model: TwoTowers) -> Iterator[None]:
 def embed_images(
     model: TwoTowers, loader: Samples, *, autocast: torch.dtype | None = None
 ) -> Embedded:
-    """Embed every image of one pass over a data set.
+    """Embed every image of one pass over a data set; ranks share the work, and all get the result.
 
     Args:
         model: the two towers.
@@ -95,8 +104,33 @@ def embed_images(
     Raises:
         UniclError: no sample could be read, or an embedding is not finite.
     """
+    ranks = loader.ranks
+    own = ranks.together(lambda: _embed_own(model, loader, autocast))
+    sizes, dims = zip(*ranks.gather_numbers(*own.embeddings.shape), strict=True)
+    parts = ranks.gather_objects(dataclasses.replace(own, embeddings=_NONE, labels=_NO_LABELS))
+    skipped: Counter[str] = Counter()
+    for part in parts:
+        skipped.update(part.skipped)
+    if not any(sizes):
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        raise UniclError(f"there is no readable sample to evaluate on ({reasons or 'empty set'})")
+    embedded = ranks.gather_rows(own.embeddings.view(-1, max(dims)), sizes)
+    keys = tuple(key for part in parts for key in part.keys)
+    _require_finite(embedded, keys, "image")
+    return Embedded(
+        embeddings=embedded,
+        labels=ranks.gather_rows(own.labels, sizes),
+        texts=tuple(text for part in parts for text in part.texts),
+        keys=keys,
+        contents=tuple(content for part in parts for content in part.contents),
+        skipped=dict(skipped),
+    )
+
+
+def _embed_own(model: TwoTowers, loader: Samples, autocast: torch.dtype | None) -> Embedded:
+    """Embed what of a data set is this rank's; that may be nothing."""
     device = device_of(model)
-    embeddings, labels = [], []
+    embeddings, labels = [], [_NO_LABELS]
     texts: list[str] = []
     keys: list[str] = []
     contents: list[bytes] = []
@@ -111,13 +145,8 @@ def embed_images(
             texts.extend(batch.texts)
             keys.extend(batch.keys)
             contents.extend(_digest(image) for image in batch.images)
-    if not keys:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        raise UniclError(f"there is no readable sample to evaluate on ({reasons or 'empty set'})")
-    embedded = torch.cat(embeddings)
-    _require_finite(embedded, keys, "image")
     return Embedded(
-        embeddings=embedded,
+        embeddings=torch.cat(embeddings or [_NONE]),
         labels=torch.cat(labels),
         texts=tuple(texts),
         keys=tuple(keys),

@@ -36,7 +36,8 @@ class TwoTower(nn.Module):
         self.image = image_tower
         self.text = text_tower
         self.max_scale = max_scale
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(initial_scale), dtype=torch.float32))
+        # One element in a vector: neither ZeRO nor FSDP takes parameters without axes.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
 
     def encode_image(
         self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
@@ -69,7 +70,7 @@ class TwoTower(nn.Module):
 
     def scale(self) -> Float[Tensor, ""]:
         """Return the factor of the similarities: exp(logit_scale), at most `max_scale`, in fp32."""
-        return _BoundedExp.apply(self.logit_scale.float(), self.max_scale)
+        return _BoundedExp.apply(self.logit_scale.float(), self.max_scale)[0]
 
     def forward(
         self,

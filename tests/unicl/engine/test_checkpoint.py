@@ -9,48 +9,83 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unicl.engine.toy import ToyTask
+from unicl.config import OptimizerConfig
+from unicl.distributed import ALONE
 from unicl.engine import checkpoint
+from unicl.engine.backend import MOMENTS
 from unicl.engine.checkpoint import (
     DamagedCheckpointError,
     checkpoints,
-    load_checkpoint,
-    load_newest,
+    load_moments,
+    load_state,
     load_weights,
+    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    verify_checkpoint,
 )
+from unicl.engine.torch_backend import TorchBackend
 from unicl.errors import UniclError
 
-
-def model_and_optimizer(width=4):
-    model = nn.Linear(3, width)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return model, optimizer
+SHARD = "optimizer-00001-of-00001.safetensors"
 
 
-def save(folder, step, model=None, optimizer=None):
-    if model is None:
-        model, optimizer = model_and_optimizer()
-    return save_checkpoint(folder, step, model=model, optimizer=optimizer, state={"note": "x"})
+class Task(ToyTask):
+    def encode(self, tower, rows):
+        return self.model(rows)
+
+
+def backend_of(width=4):
+    """A small model that has done one update."""
+    backend = TorchBackend(Task(nn.Linear(3, width)), OptimizerConfig(), ALONE)
+    backend.backward(backend.encode({"": torch.ones(1, 3)}, 0)[""].sum())
+    backend.step(0.1, norm=1.0)
+    return backend
+
+
+def save(folder, step, backend=None):
+    return save_checkpoint(folder, step, backend or backend_of(), {"note": "x"})
+
+
+def load(path, backend):
+    verify_checkpoint(path)
+    load_weights(path / "model.safetensors", backend.encoder.model)
+    load_moments(path, backend, updates=1)
+    return load_state(path)
+
+
+def load_newest(folder, backend):
+    path = newest_checkpoint(folder)
+    return path and load(path, backend)
+
+
+def weight(backend):
+    return backend.encoder.model.weight.detach().clone()
 
 
 def test_round_trip(tmp_path):
-    model, optimizer = model_and_optimizer()
-    path = save(tmp_path, 3, model, optimizer)
-    other, other_optimizer = model_and_optimizer()
-    state = load_checkpoint(path, model=other, optimizer=other_optimizer)
-    assert state == {"step": 3, "note": "x"}
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-        for kind, value in optimizer.state[p].items():
-            assert torch.equal(value, other_optimizer.state[q][kind])
+    backend, other = backend_of(), backend_of()
+    assert load(save(tmp_path, 3, backend), other) == {"step": 3, "note": "x"}
+    for name, value in backend.weights().items():
+        assert torch.equal(value, other.weights()[name])
+    moments, others = backend.moments(backend.sizes), other.moments(other.sizes)
+    assert sorted(moments) == [f"{m}:{n}" for m in MOMENTS for n in ("bias", "weight")]
+    for name, value in moments.items():
+        assert torch.equal(value, others[name])
+
+
+def test_missing_moments_are_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "SHA256SUMS").unlink()
+    (path / SHARD).unlink()
+    with pytest.raises(DamagedCheckpointError, match="it has no moments of weight"):
+        load(path, backend_of())
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     names = sorted(path.name for path in save(tmp_path, 1).iterdir())
-    assert names == ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert names == ["SHA256SUMS", "model.safetensors", SHARD, "state.json"]
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
@@ -84,46 +119,46 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "missing": lambda path: path.unlink(),
 }
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
+FILES = ["model.safetensors", SHARD, "state.json"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
 def test_any_damage_is_noticed_before_anything_is_loaded(tmp_path, file, damage):
-    model, optimizer = model_and_optimizer()
-    before = model.weight.detach().clone()
+    backend = backend_of()
+    before = weight(backend)
     path = save(tmp_path, 1)
     DAMAGES[damage](path / file)
     with pytest.raises(DamagedCheckpointError, match=f"{file}.*its SHA-256|cannot read {file}"):
-        load_checkpoint(path, model=model, optimizer=optimizer)
-    assert torch.equal(model.weight, before)
+        load(path, backend)
+    assert torch.equal(weight(backend), before)
 
 
 @pytest.mark.parametrize("text", ["", "no digest", "0  model.safetensors\n", b"\xff"])
 def test_damaged_digests_are_noticed(tmp_path, text):
-    model, optimizer = model_and_optimizer()
+    backend = backend_of()
     path = save(tmp_path, 1)
     (path / "SHA256SUMS").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DamagedCheckpointError, match="damaged"):
-        load_checkpoint(path, model=model, optimizer=optimizer)
+        load(path, backend)
 
 
 def test_without_digests_a_checkpoint_is_taken_as_it_is(tmp_path, caplog):
-    model, optimizer = model_and_optimizer()
+    backend = backend_of()
     path = save(tmp_path, 1)
     (path / "SHA256SUMS").unlink()
-    assert load_checkpoint(path, model=model, optimizer=optimizer)["step"] == 1
+    assert load(path, backend)["step"] == 1
     assert "has no SHA256SUMS" in caplog.text
     for file in FILES:
         DAMAGES["cut"](path / file)
         with pytest.raises(DamagedCheckpointError, match="damaged"):
-            load_checkpoint(path, model=model, optimizer=optimizer)
+            load(path, backend)
         path = save(tmp_path / file, 1)
         (path / "SHA256SUMS").unlink()
 
 
 def test_what_fails_for_now_is_no_damage(tmp_path, monkeypatch):
-    model, optimizer = model_and_optimizer()
+    backend = backend_of()
     save(tmp_path, 1)
 
     def busy(path):
@@ -131,38 +166,38 @@ def test_what_fails_for_now_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_digest", busy)
     with pytest.raises(UniclError, match="Too many open files; try again"):
-        load_newest(tmp_path, model=model, optimizer=optimizer)
+        load_newest(tmp_path, backend)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path, caplog):
-    saved = {step: model_and_optimizer() for step in (1, 2, 3, 4)}
-    for step, (model, optimizer) in saved.items():
-        save(tmp_path, step, model, optimizer)
+    saved = {step: backend_of() for step in (1, 2, 3, 4)}
+    for step, backend in saved.items():
+        save(tmp_path, step, backend)
     overwrite(tmp_path / "step-00000003" / "model.safetensors")
     (tmp_path / "step-00000004" / "state.json").unlink()
     (tmp_path / "step-00000005").mkdir()
     (tmp_path / "step-00000006").touch()
-    model, optimizer = model_and_optimizer()
-    state = load_newest(tmp_path, model=model, optimizer=optimizer)
+    backend = backend_of()
+    state = load_newest(tmp_path, backend)
     assert state["step"] == 2
-    assert torch.equal(model.weight, saved[2][0].weight)
+    assert torch.equal(weight(backend), weight(saved[2]))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
     assert sum("set aside, going on from step-00000002" in line for line in caplog.messages) == 4
     # Their steps can be written, and damaged, again.
     for _ in range(2):
         overwrite(save(tmp_path, 3) / "model.safetensors")
-        assert load_newest(tmp_path, model=model, optimizer=optimizer)["step"] == 2
+        assert load_newest(tmp_path, backend)["step"] == 2
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path):
     for step in (1, 2):
         overwrite(save(tmp_path, step) / "model.safetensors")
-    model, optimizer = model_and_optimizer()
+    backend = backend_of()
     with pytest.raises(UniclError, match=r"no checkpoint in .* is whole \(.*2/model\.safe.*remove"):
-        load_newest(tmp_path, model=model, optimizer=optimizer)
+        load_newest(tmp_path, backend)
     assert len(checkpoints(tmp_path)) == 2
-    assert load_newest(tmp_path / "none", model=model, optimizer=optimizer) is None
+    assert load_newest(tmp_path / "none", backend) is None
 
 
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """A task small enough to train in milliseconds: two linear towers with dropout."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unicl.distributed import ALONE, Ranks
 from unicl.engine.task import TaskInputs
 from unicl.loss import unicl_loss
 
@@ -19,9 +20,6 @@ class ToyBatch:
     keys: tuple[str, ...]
     skipped: dict[str, int] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> "ToyBatch":
-        return replace(self, left=self.left.to(device))
-
 
 class ToyModel(nn.Module):
     def __init__(self, dropout: float = 0.3) -> None:
@@ -32,21 +30,26 @@ class ToyModel(nn.Module):
 
 
 class ToyTask:
-    def __init__(self, model: ToyModel) -> None:
-        self.model = model
+    def __init__(self, model: ToyModel, ranks: Ranks = ALONE) -> None:
+        self.model, self.ranks = model, ranks
 
     def inputs(self, batch: Any) -> TaskInputs:
-        towers = {"left": batch.left, "right": batch.right}
+        towers = {"left": batch.left, "right": batch.right, "scale": torch.zeros(1)}
         return TaskInputs(towers=towers, context={"labels": batch.labels})
 
     def encode(self, tower: str, rows: Tensor) -> Tensor:
+        if tower == "scale":
+            return self.model.logit_scale.exp()[None]
         return nn.functional.normalize(getattr(self.model, tower)(rows).float(), dim=-1)
 
     def loss(
         self, embeddings: dict[str, Tensor], context: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        scale = self.model.logit_scale.exp()
-        loss = unicl_loss(embeddings["left"], embeddings["right"], context["labels"], scale)
+        (scale,) = embeddings["scale"]
+        labels = context["labels"]
+        loss = unicl_loss(
+            embeddings["left"], embeddings["right"], labels, scale, group=self.ranks.group
+        )
         return loss, {"scale": scale.detach()}
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from unicl.data.hash_table import text_label
 from unicl.data.loader import Batch
+from unicl.distributed import ALONE
 
 CONTEXT = 48
 NAMES = ("cat", "dog", "red apple", "a very long name of a thing", "tree", "moon")
@@ -79,6 +80,8 @@ class ToySamples:
     batch_size: int = 4
     skipped: dict[str, int] = field(default_factory=dict)
     labels: Sequence[int] | None = None
+
+    ranks = ALONE
 
     def epoch(self) -> Iterator[Batch]:
         for start in range(0, len(self.samples), self.batch_size):
