@@ -97,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
     train.set_defaults(run=_train, takes_overrides=True)
+
+    verify = commands.add_parser(
+        "verify-gradients",
+        help="compare the gradient of every mode with the full-batch truth, here and now",
+        description="Compare ranks, ZeRO stages, chunks, precisions and tiles, on one batch, with "
+        "the single-process gradient; exit code 1 if one is wrong. Start it as you start train.",
+        allow_abbrev=False,
+    )
+    verify.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    verify.add_argument("--slim", action="store_true", help="small towers instead of the recipe's")
+    verify.add_argument("--samples-per-rank", type=int, default=8, metavar="N")
+    verify.add_argument(
+        "--engines", default="", metavar="NAMES", help="such as torch,zero2/chunk (default: all)"
+    )
+    verify.set_defaults(run=_verify_gradients, takes_overrides=True)
     return parser
 
 
@@ -127,6 +142,18 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     run = train(recipe, arguments.out)
     logger.info("finished at step %d: %s", run.step, run.path)
+
+
+def _verify_gradients(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    recipe = load_recipe(arguments.recipe, overrides)
+    from unicl.verification import verify_gradients
+
+    verify_gradients(
+        recipe,
+        samples_per_rank=arguments.samples_per_rank,
+        slim=arguments.slim,
+        engines=[name for name in arguments.engines.split(",") if name],
+    )
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
