@@ -5,7 +5,9 @@ encoder, as with the torch backend. So there are no half-precision parameters be
 and nothing that reads or bounds a parameter (the scale's limit, EMA) can miss the copy that counts.
 """
 
+import contextlib
 import copy
+import io
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -283,13 +285,15 @@ def _initialize(
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(
-        model=encoder,
-        optimizer=build_optimizer(encoder.model, optimizer),
-        config=_deepspeed_config(optimizer, config),
-        dist_init_required=False,
-    )
+    for name in (deepspeed.utils.logger.name, "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # what it has built, on every rank
+        engine, *_ = deepspeed.initialize(
+            model=encoder,
+            optimizer=build_optimizer(encoder.model, optimizer),
+            config=_deepspeed_config(optimizer, config),
+            dist_init_required=False,
+        )
     return engine
 
 

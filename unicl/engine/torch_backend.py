@@ -41,13 +41,11 @@ class TorchBackend:
         self._clip = optimizer.clip_grad_norm
         self._ddp = None
         if ranks.size > 1:
-            # Buffers: nothing of ours has any that training changes, and each chunk would pay.
             self._ddp = DistributedDataParallel(
-                self.encoder,
-                process_group=ranks.group,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                self.encoder, process_group=ranks.group, gradient_as_bucket_view=True
             )
+            # Training changes no buffer of ours, and every chunk would pay for the exchange.
+            self._ddp.broadcast_buffers = False
 
     def encode(self, rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Call the encoder."""
