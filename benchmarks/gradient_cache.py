@@ -1,18 +1,17 @@
 """What does the gradient cache save in memory, and what does it cost in time?"""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.captions import describe, draw_tokens
 from benchmarks.harness import Memory, compare, peak_memory, ratio
 from benchmarks.record import Bar, Result
+from benchmarks.training import Batch, own_step
 from unicl.config import OptimizerConfig
 from unicl.distributed import ALONE
-from unicl.engine.gradient_cache import backward, num_chunks
+from unicl.engine.gradient_cache import num_chunks
 from unicl.engine.torch_backend import TorchBackend
 from unicl.pretraining import Pretraining
 from unicl.towers.image import ImageTower
@@ -21,13 +20,6 @@ from unicl.towers.two_tower import TwoTower
 
 _CHUNK = 32
 _PRECISION = "fp32"
-
-
-@dataclass(frozen=True)
-class _Batch:
-    images: Tensor
-    tokens: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,11 +125,10 @@ def _steps(sizes: _Sizes) -> Callable[[int, int | None], Callable[[], None]]:
     def step_of(batch_size: int, chunk: int | None) -> Callable[[], None]:
         shape = (batch_size, 3, sizes.image_size, sizes.image_size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        batch = _Batch(images, draw_tokens(batch_size), torch.arange(batch_size))
+        batch = Batch(images, draw_tokens(batch_size), torch.arange(batch_size))
 
         def step() -> None:
-            backward(task, backend, task.inputs(batch), chunks=num_chunks(batch_size, chunk))
-            backend.step(1e-4, norm=math.hypot(*backend.gradient_norms().values()))
+            own_step(task, backend, task.inputs(batch), chunks=num_chunks(batch_size, chunk))
 
         return step
 

@@ -1,38 +1,26 @@
 """How many samples per second does a whole training step reach beside open_clip's?"""
 
 import copy
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 import cosswin  # noqa: F401  registers coswin_* with timm
 from benchmarks.captions import describe, draw_tokens
 from benchmarks.harness import compare, ratio
 from benchmarks.record import Bar, Result
+from benchmarks.training import Batch, OpenClipStep, forward_flops, own_step
 from unicl.config import OptimizerConfig
 from unicl.distributed import ALONE
-from unicl.engine.gradient_cache import backward
 from unicl.engine.torch_backend import TorchBackend
 from unicl.pretraining import Pretraining
 from unicl.towers.image import ImageTower
 from unicl.towers.text import from_open_clip
 from unicl.towers.two_tower import TwoTower
 
-_CPU = torch.device("cpu")
-_PRECISIONS = {"fp32": "fp32", "bf16": "amp_bf16"}  # ours: open_clip's name for it
-
-
-@dataclass(frozen=True)
-class _Batch:
-    images: Tensor
-    tokens: Tensor
-    labels: Tensor
+_PRECISIONS = ("fp32", "bf16")
 
 
 def measure(*, quick: bool) -> Result:
@@ -50,7 +38,7 @@ def measure(*, quick: bool) -> Result:
     )
     own = _own_model(peer, size)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    own_batch = _Batch(images, draw_tokens(batch), torch.arange(batch))
+    own_batch = Batch(images, draw_tokens(batch), torch.arange(batch))
     assert isinstance(own.image, ImageTower)
     ready = (images.float() - own.image.mean) / own.image.std
     bars, rows, losses = [], [], {}
@@ -103,71 +91,25 @@ def _own_model(peer: CLIP, size: int) -> TwoTower:
     return TwoTower(image, from_open_clip(peer.state_dict()))
 
 
-def _own_step(model: TwoTower, batch: _Batch, precision: str) -> Callable[[], float]:
-    config = OptimizerConfig()
+def _own_step(model: TwoTower, batch: Batch, precision: str) -> Callable[[], float]:
     task = Pretraining(model)
-    backend = TorchBackend(task, config, ALONE)
+    backend = TorchBackend(task, OptimizerConfig(), ALONE)
     backend.encoder.precision = precision
-
-    def step() -> float:
-        loss, _ = backward(task, backend, task.inputs(batch))
-        norm = math.hypot(*backend.gradient_norms().values())
-        backend.step(config.learning_rate, norm=norm)
-        return float(loss)
-
-    return step
+    return lambda: float(own_step(task, backend, task.inputs(batch)))
 
 
 def _peer_step(model: CLIP, images: Tensor, tokens: Tensor, precision: str) -> Callable[[], float]:
-    """Step as `open_clip_train` does it, with the optimizer that it builds."""
-    from open_clip_train.precision import get_autocast
-
-    config = OptimizerConfig()
-    loss_of = ClipLoss()
-    cast = get_autocast(_PRECISIONS[precision], device_type="cpu")
-    no_decay: list[nn.Parameter] = []
-    decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        excluded = parameter.ndim < 2 or any(x in name for x in ("bn", "ln", "bias", "logit_scale"))
-        (no_decay if excluded else decay).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": no_decay, "weight_decay": 0.0},
-            {"params": decay, "weight_decay": config.weight_decay},
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-    )
-
-    def step() -> float:
-        optimizer.zero_grad()
-        with cast():
-            image_features, text_features, scale = model(images, tokens)
-            loss = loss_of(image_features, text_features, scale)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        return float(loss.detach())
-
-    return step
+    step = OpenClipStep(model, precision)
+    return lambda: float(step(images, tokens))
 
 
-def _shares(own: TwoTower, peer: CLIP, batch: _Batch, ready: Tensor) -> dict[str, object]:
+def _shares(own: TwoTower, peer: CLIP, batch: Batch, ready: Tensor) -> dict[str, object]:
     """Say how the work of the forward is divided, so that nobody takes a tiny tower for a gain."""
-    image = _flops(lambda: own.image(batch.images))
-    own_text = _flops(lambda: own.encode_text(batch.tokens))
-    peer_text = _flops(lambda: peer.encode_text(batch.tokens))
+    image = forward_flops(lambda: own.image(batch.images))
+    own_text = forward_flops(lambda: own.encode_text(batch.tokens))
+    peer_text = forward_flops(lambda: peer.encode_text(batch.tokens))
     return {
         "image_tower_gflops_per_sample": image / len(ready) / 1e9,
         "text_share_of_our_flops": own_text / (image + own_text),
         "text_share_of_open_clip_flops": peer_text / (image + peer_text),
     }
-
-
-def _flops(run: Callable[[], Tensor]) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
