@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import NAMES
-from benchmarks.harness import ROOT, OtherLoad
-from benchmarks.record import RESULTS, save, show
+from benchmarks.harness import ROOT, OtherLoad, Skipped
+from benchmarks.record import RESULTS, Result, save, show
 from benchmarks.table import write_table
 from unicl.errors import UniclError, UsageError
 
-# A whole training run, or the figures of one that was made before: only when asked for.
-_NOT_IN_ALL = ("demo",)
+# Only when asked for: a whole training run, and what needs a machine of its own.
+_NOT_IN_ALL = ("demo", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,17 +51,26 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UsageError("--run belongs to the demo benchmark")
     names = [name for name in NAMES if name not in _NOT_IN_ALL]
     for name in names if arguments.name == "all" else [arguments.name]:
-        module = importlib.import_module(f"benchmarks.{name}")
-        options = {"run": arguments.run} if arguments.run is not None else {}
-        start, other_load = time.perf_counter(), OtherLoad()
-        result = module.measure(quick=arguments.quick, **options)
-        seconds, share = time.perf_counter() - start, other_load.share()
-        show(question(name), result)
-        print(f"{name}: {seconds:.0f} s; others kept {share:.0%} of the machine busy")
-        folder = arguments.out or (None if arguments.quick else RESULTS)
+        try:
+            _run_one(name, arguments)
+        except Skipped as reason:
+            print(f"{name}: skipped: {reason}")
+
+
+def _run_one(name: str, arguments: argparse.Namespace) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    options = {"run": arguments.run} if arguments.run is not None else {}
+    folder = arguments.out or (None if arguments.quick else RESULTS)
+    start, other_load = time.perf_counter(), OtherLoad()
+    found = module.measure(quick=arguments.quick, **options)
+    # A long benchmark gives what it has after each part: what cuts it short costs the rest only.
+    for result in [found] if isinstance(found, Result) else found:
         if folder is not None:
-            kept = {"quick": arguments.quick, "folder": folder, "other_load": share}
+            kept = {"quick": arguments.quick, "folder": folder, "other_load": other_load.share()}
             save(name, question(name), result, **kept)
+    show(question(name), result)
+    seconds, share = time.perf_counter() - start, other_load.share()
+    print(f"{name}: {seconds:.0f} s; others kept {share:.0%} of the machine busy")
 
 
 def question(name: str) -> str:

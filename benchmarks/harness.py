@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _MIB = 1 << 20
 
 
+class Skipped(Exception):
+    """This machine lacks what a benchmark measures; nothing is wrong, and nothing is kept."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds that one side took, one entry per round."""
