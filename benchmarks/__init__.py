@@ -1,3 +1,3 @@
 """Measurements side by side with the peers; `python -m benchmarks` lists them."""
 
-NAMES = ("loss", "text", "coswin", "step", "gradient_cache", "cli", "loader", "demo")
+NAMES = ("loss", "text", "coswin", "step", "gradient_cache", "cli", "loader", "demo", "gpu")

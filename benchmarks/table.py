@@ -56,8 +56,9 @@ def _place(record: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("torch", "timm", "open_clip_torch")
     )
+    gpu = f"{record['facts']['gpu']}; " if "gpu" in record["facts"] else ""
     return (
-        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, "
+        f"{gpu}{where['cpu']}, {where['cores']} cores, {where['threads']} threads, "
         f"{where['memory_gib']} GiB; Python {versions['python']}, {packages}; "
         f"commit {record['commit']}; {record['date']}"
         + ("; **the machine was not quiet**" if busy else "")
