@@ -162,6 +162,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     plain, overrides = [], {}
     rest = iter(words)
     for word in rest:
+        if word.startswith("--local_rank="):  # what the deepspeed launcher adds; LOCAL_RANK tells
+            continue
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not ("." in key or key in top_level):
             plain.append(word)

@@ -168,8 +168,22 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
         ) from error
     try:
         yield Ranks(dist.group.WORLD)
+    except RuntimeError as error:
+        if not _is_lost_rank(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UniclError(
+            f"another rank is gone or did not answer within {timeout_seconds} seconds; "
+            f"start the same command again, and the run goes on ({reason})"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Tell what a collective raises when a peer has died from other errors of torch."""
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)

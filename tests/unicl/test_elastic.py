@@ -1,66 +1,19 @@
 """A run goes on at any other number of ranks, engine or chunk, with the samples of its plan."""
 
-import json
-
 import pytest
-import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
+from tests.unicl.history import seen, surviving, train
 from tests.unicl.ranks import on_ranks
 from unicl.build import build_trainer
 from unicl.config import parse_recipe
-from unicl.distributed import ALONE, Ranks
 from unicl.engine.metrics import read_metrics
 
 STEPS = 10
 ZERO = {
     stage: {"engine.backend": "deepspeed", "engine.zero_stage": str(stage)} for stage in range(4)
 }
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the trainer may catch it."""
-
-
-class Watched:
-    """Writes down what a rank reads, and dies in the middle of a step."""
-
-    def __init__(self, loader, log, death):
-        self.loader, self.log, self.death = loader, log, death
-
-    def batches(self, start=0):
-        for step, batch in enumerate(self.loader.batches(start), start // self.loader.batch_size):
-            if step == self.death:
-                raise Killed
-            with self.log.open("a") as file:
-                file.write(json.dumps({"step": step, "keys": batch.keys}) + "\n")
-            yield batch
-
-
-def train(folder, keys, death=None, attempt=0):
-    """Train on as many ranks as there are, until the end or the death; return whether it died."""
-    ranks = Ranks(dist.group.WORLD) if dist.is_initialized() else ALONE
-    torch.manual_seed(ranks.rank)  # whatever was drawn before must not matter
-    trainer = build_trainer(parse_recipe("", keys), folder, ranks)
-    folder.mkdir(exist_ok=True)
-    log = folder / f"seen-{attempt}-{ranks.rank:02d}.jsonl"
-    trainer.loader = Watched(trainer.loader, log, death)
-    try:
-        trainer.fit()
-    except Killed:
-        return True
-    return False
-
-
-def seen(folder, attempt):
-    """The keys of each step in the order of the ranks."""
-    steps = {}
-    for log in sorted(folder.glob(f"seen-{attempt}-*.jsonl")):
-        for row in map(json.loads, log.read_text().splitlines()):
-            steps.setdefault(row["step"], []).extend(row["keys"])
-    return steps
 
 
 def weights(folder):
@@ -97,15 +50,12 @@ def test_another_topology_goes_on_with_the_same_samples(tmp_path, keys):
         (3, {**ZERO[3], "trainer.chunk": "3", "engine.reduce_every": "chunk"}, 7),
         (1, {**ZERO[1]}, None),
     ]
-    plan, history = seen(whole, 0), {}
     for attempt, (size, changes, death) in enumerate(lives):
-        on_ranks(size, train, cut, keys | changes, death, attempt)
-        steps = seen(cut, attempt)
-        first = min(steps)
-        assert first == (0 if attempt == 0 else lives[attempt - 1][2] - 1)
-        history = {step: read for step, read in history.items() if step < first} | steps
-    assert history == plan
-    assert len(history) == STEPS
+        on_ranks(size, one_life, cut, keys | changes, death, attempt)
+    attempts = [seen(cut, attempt) for attempt in range(len(lives))]
+    assert [min(steps) for steps in attempts] == [0, 2, 4, 6]
+    assert surviving(attempts) == seen(whole, 0)
+    assert len(surviving(attempts)) == STEPS
 
     for one, other in zip(rows(whole), rows(cut), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
@@ -115,6 +65,10 @@ def test_another_topology_goes_on_with_the_same_samples(tmp_path, keys):
     moved = sum((undisturbed[n] - start[n]).square().sum() for n in start).sqrt()
     apart = sum((undisturbed[n] - survivor[n]).square().sum() for n in start).sqrt()
     assert apart < 0.02 * moved
+
+
+def one_life(folder, keys, death, attempt):
+    assert train(folder, keys, death=death, attempt=attempt) == (death is not None)
 
 
 ENGINES = {
