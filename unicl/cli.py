@@ -12,13 +12,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import unicl
 from unicl.config import Recipe, load_recipe, recipe_names
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
+
+_A100_TFLOPS = 312.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +114,37 @@ def _parser() -> argparse.ArgumentParser:
         "--engines", default="", metavar="NAMES", help="such as torch,zero2/chunk (default: all)"
     )
     verify.set_defaults(run=_verify_gradients, takes_overrides=True)
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe will need in memory and time, and the settings that fit",
+        description="Foretell memory per GPU, operations and days; needs neither GPU nor data. "
+        f"Shipped recipes: {', '.join(recipe_names())}. "
+        "Any key can be set on the command line: --trainer.batch_size 4096.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    plan.add_argument(
+        "--gpu-memory", type=float, required=True, metavar="G", help="GiB of memory of each GPU"
+    )
+    plan.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="T",
+        help="what a GPU does at best, in 1e12 operations per second (default: 312, A100 in bf16)",
+    )
+    plan.add_argument(
+        "--text-length",
+        type=int,
+        metavar="L",
+        help="tokens of a batch's longest text (default: the whole context)",
+    )
+    plan.set_defaults(run=_plan, takes_overrides=True)
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -154,6 +186,21 @@ def _verify_gradients(arguments: argparse.Namespace, overrides: dict[str, str]) 
         slim=arguments.slim,
         engines=[name for name in arguments.engines.split(",") if name],
     )
+
+
+def _plan(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    recipe = load_recipe(arguments.recipe, overrides)
+    from unicl.plan import plan
+    from unicl.plan.report import show
+
+    foretold = plan(
+        recipe,
+        gpus=arguments.gpus,
+        gpu_memory=arguments.gpu_memory,
+        peak_tflops=_A100_TFLOPS if arguments.peak_tflops is None else arguments.peak_tflops,
+        text_length=arguments.text_length,
+    )
+    show(foretold, device="A100 GPUs in bf16" if arguments.peak_tflops is None else "GPUs")
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
