@@ -149,23 +149,29 @@ def measure_case() -> None:
     """Be the fresh process: run the case that the command line names and print its memory."""
     module, function = sys.argv[1].split(":")
     make = getattr(importlib.import_module(module), function)
-    imports = _resident()
+    imports = resident()
     run = make(**json.loads(sys.argv[2]))
-    ready = _resident()
-    # The kernel's high-water mark also remembers what imports and inputs took for a moment.
-    Path("/proc/self/clear_refs").write_text("5")
+    ready = resident()
+    reset_peak()
     run()
-    print(json.dumps({"imports": imports, "ready": ready, "peak": _status("VmHWM")}))
+    print(json.dumps({"imports": imports, "ready": ready, "peak": status("VmHWM")}))
 
 
-def _resident() -> float:
+def reset_peak() -> None:
+    """Let the kernel's high-water mark forget what imports and inputs took for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> float:
+    """Return this process's resident memory in MiB, after all garbage went back to the kernel."""
     gc.collect()
     # Freed memory that the allocator still holds would hide as much of the case's own.
     ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(name: str) -> float:
+def status(name: str) -> float:
+    """Return a size out of this process's status, such as VmHWM, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024 / _MIB

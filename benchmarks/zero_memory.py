@@ -1,0 +1,219 @@
+"""How much memory does a rank hold under DDP and ZeRO, and does `unicl plan` foretell it?"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.harness import ROOT, reset_peak, resident, status
+from benchmarks.record import Bar, Result
+from unicl.build import build_backend, build_model
+from unicl.config import Recipe, parse_recipe
+from unicl.distributed import Ranks
+from unicl.engine.gradient_cache import backward, num_chunks
+from unicl.errors import UniclError
+from unicl.plan import Plan, plan
+from unicl.pretraining import Pretraining
+
+_RANKS = 4
+_MIB, _GIB = 2**20, 2**30
+_TEXT_LENGTH = 16
+_WARM_UP = 2  # from the second step on there are moments, and ZeRO 3 knows what to fetch next
+
+# 93M parameters, and rows so few and small that parameters are nearly all there is.
+_FULL = {
+    "image_tower.model": "coswin_tiny",
+    "image_tower.image_size": "64",
+    "trainer.batch_size": "16",
+    "trainer.chunk": "2",
+    "trainer.precision": "fp32",
+    "engine.reduce_every": "chunk",
+}
+_QUICK = {
+    **_FULL,
+    "image_tower.model": "coswin_nano",
+    "image_tower.image_size": "48",
+    "text_tower.num_layers": "1",
+    "text_tower.width": "128",
+    "text_tower.num_heads": "2",
+}
+_CASES: dict[str, dict[str, str]] = {
+    "torch": {"engine.backend": "torch"},
+    **{
+        f"ZeRO {stage}": {"engine.backend": "deepspeed", "engine.zero_stage": str(stage)}
+        for stage in range(4)
+    },
+}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    images: Tensor
+    tokens: Tensor
+    labels: Tensor
+
+
+def measure(*, quick: bool) -> Result:
+    """One step on 4 ranks of one thread each, under each backend and stage."""
+    sizes = _QUICK if quick else _FULL
+    rows = {name: _row(name, {**sizes, **case}) for name, case in _CASES.items()}
+    errors = {name: abs(row["predicted"] / row["measured"] - 1) for name, row in rows.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    stages = [rows[f"ZeRO {stage}"]["measured"] for stage in range(4)]
+    step = max(after / before for before, after in itertools.pairwise(stages))
+    recipe = _recipe(sizes)
+    return Result(
+        bars=[
+            Bar(
+                f"unicl plan, largest error of the memory per rank ({worst})",
+                100 * errors[worst],
+                15,
+                "%",
+                "at most",
+            ),
+            Bar("memory of a ZeRO stage over the stage before, at worst", step, 1, "x", "at most"),
+            Bar(
+                "memory of ZeRO 3 over DDP",
+                stages[3] / rows["torch"]["measured"],
+                None,
+                "x",
+                "at most",
+            ),
+        ],
+        tables={"Peak memory of a step per rank in MiB": list(rows.values())},
+        facts={
+            "ranks": _RANKS,
+            "parameters": sum(p.numel() for p in build_model(recipe).parameters()),
+            "batch_size": recipe.trainer.batch_size,
+            "chunk": recipe.trainer.chunk,
+            "memory": "resident set above that after imports, the largest of the ranks",
+        },
+    )
+
+
+def _row(name: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+    foretold = plan_of(overrides)
+    measured = [rank["peak"] - rank["imports"] for rank in _on_ranks(overrides)]
+    phase = foretold.memory
+    return {
+        "engine": name,
+        "predicted": foretold.memory.total / _MIB,
+        "measured": max(measured),
+        "error": f"{100 * (foretold.memory.total / _MIB / max(measured) - 1):+.1f}%",
+        "parameters": phase.parameters / _MIB,
+        "gradients": phase.gradients / _MIB,
+        "optimizer": phase.optimizer / _MIB,
+        "activations": phase.activations / _MIB,
+        "buffers": phase.buffers / _MIB,
+        "phase": phase.name,
+    }
+
+
+def plan_of(overrides: Mapping[str, str]) -> Plan:
+    """Plan the recipe for this benchmark's ranks, on CPUs."""
+    return plan(
+        _recipe(overrides),
+        gpus=_RANKS,
+        gpu_memory=64,
+        text_length=_TEXT_LENGTH,
+        device="cpu",
+    )
+
+
+def _recipe(overrides: Mapping[str, str]) -> Recipe:
+    return parse_recipe("", overrides)
+
+
+def _on_ranks(overrides: Mapping[str, str]) -> list[dict[str, float]]:
+    """Run the steps in one process a rank, and return what each of them held.
+
+    Raises:
+        UniclError: A rank failed.
+    """
+    child = "from benchmarks.zero_memory import measure_rank; measure_rank()"
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(_RANKS):
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(_RANKS),
+                "LOCAL_WORLD_SIZE": str(_RANKS),
+                # Fixed, so that what is freed goes back to the kernel at once: glibc else raises
+                # the threshold to 32 MiB, and smaller pieces that were freed count as held.
+                "MALLOC_MMAP_THRESHOLD_": str(2**16),
+            }
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", child, folder, json.dumps(dict(overrides))],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        said = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, said, strict=True):
+        if rank.returncode:
+            reason = (errors.strip().splitlines() or ["killed, perhaps for lack of memory"])[-1]
+            raise UniclError(f"a rank failed with exit code {rank.returncode}: {reason}")
+    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+
+
+def measure_rank() -> None:
+    """Be one of the ranks: run steps, and print the memory of the last one in MiB."""
+    folder, recipe = Path(sys.argv[1]), _recipe(json.loads(sys.argv[2]))
+    if recipe.engine.backend == "deepspeed":
+        import deepspeed  # noqa: F401  an import too
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=_RANKS
+    )
+    ranks = Ranks(dist.group.WORLD)
+    ranks.barrier()
+    imports = resident()
+    torch.manual_seed(0)
+    task = Pretraining(build_model(recipe), tile=recipe.loss.tile, ranks=ranks)
+    backend = build_backend(recipe, task, ranks)
+    batch = _make_batch(recipe, len(ranks.share(recipe.trainer.batch_size)))
+
+    def step() -> None:
+        inputs = task.inputs(batch)
+        chunks = num_chunks(len(batch.labels), recipe.trainer.chunk)
+        backward(task, backend, inputs, chunks=chunks)
+        backend.step(1e-4, norm=math.hypot(*backend.gradient_norms().values()))
+
+    for _ in range(_WARM_UP):
+        step()
+    resident()
+    ranks.barrier()
+    reset_peak()
+    step()
+    print(json.dumps({"imports": imports, "peak": status("VmHWM")}))
+    ranks.barrier()
+    dist.destroy_process_group()
+
+
+def _make_batch(recipe: Recipe, rows: int) -> _Batch:
+    """Make different texts that all have the planned length."""
+    side = recipe.image_tower.image_size
+    tokens = torch.zeros(rows, recipe.text_tower.context_length, dtype=torch.int64)
+    tokens[:, : _TEXT_LENGTH - 1] = torch.randint(1, 40_000, (rows, _TEXT_LENGTH - 1))
+    tokens[:, _TEXT_LENGTH - 1] = 49407
+    images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8)
+    return _Batch(images, tokens, torch.arange(rows))
