@@ -33,8 +33,8 @@ from unicl.engine.optimizer import build_optimizer, set_learning_rate
 from unicl.engine.task import Task
 
 BUCKET = 2**25
-"""Elements of what is put together, reduced or fetched at a time. DeepSpeed's own buckets of 5e8 are
-2 GB in fp32, of which a reduction holds two: more than ZeRO saves on models of this size."""
+"""Elements of what is put together, reduced or fetched at a time. DeepSpeed's own buckets of 5e8
+are 2 GB in fp32, of which a reduction holds two: more than ZeRO saves on models of this size."""
 
 
 @dataclass(frozen=True)

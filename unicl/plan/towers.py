@@ -116,11 +116,9 @@ class Towers:
     def _run(self, tower: str, rows: int) -> Tensor:
         if tower == "image":
             side = self._recipe.image_tower.image_size
-            shape = (rows, 3, side, side)
-            images = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+            images = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=self._device)
             return self._model.encode_image(images)
-        shape = (rows, self._text_length)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        tokens = torch.zeros(rows, self._text_length, dtype=torch.int64, device=self._device)
         # The economies look at values, which there are none of.
         return self._model.encode_text(tokens, economies=False)
 
