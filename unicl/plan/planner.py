@@ -33,9 +33,9 @@ class Plan:
 
     recipe: Recipe
     gpus: int
-    gpu_memory: float
+    gpu_memory: int | float
     """GiB of each GPU."""
-    peak_tflops: float
+    peak_tflops: int | float
     """What one GPU could do at best, in 1e12 operations per second."""
     text_length: int
     """Tokens of a text that were reckoned with."""
@@ -83,8 +83,8 @@ def plan(
     recipe: Recipe,
     *,
     gpus: int,
-    gpu_memory: float,
-    peak_tflops: float = 312.0,
+    gpu_memory: int | float,
+    peak_tflops: int | float = 312.0,
     text_length: int | None = None,
     device: str = "cuda",
 ) -> Plan:
@@ -269,7 +269,7 @@ def _engines(own: EngineConfig) -> Iterator[EngineConfig]:
                     )
 
 
-def _cheapest(own: _Way, limit: float) -> tuple[_Way, bool]:
+def _cheapest(own: _Way, limit: int | float) -> tuple[_Way, bool]:
     """Return the fastest way that fits with fewest flags, or the smallest one if none fits."""
     ways = [(way, way.memory.total) for way in own.others()]
     fitting = [way for way, total in ways if total <= limit]
