@@ -60,6 +60,14 @@ def test_gradient_cache(tmp_path):
     ]
 
 
+@pytest.mark.slow
+def test_zero_memory(tmp_path):
+    record = run_quick("zero_memory", tmp_path)
+    (rows,) = record["tables"].values()
+    assert [row["engine"] for row in rows] == ["torch", *(f"ZeRO {stage}" for stage in range(4))]
+    assert all(row["measured"] > row["parameters"] > 0 for row in rows)
+
+
 def test_cli(tmp_path):
     record = run_quick("cli", tmp_path)
     rows = {row["command"]: row["median"] for row in record["tables"]["Seconds of a process"]}
