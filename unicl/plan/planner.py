@@ -20,7 +20,7 @@ _FLOAT = 4
 # The CUDA context, NCCL's and cuBLAS's workspaces, and what the allocator cannot use.
 _RESERVE = 2 * GIB
 
-# Time of a step over one that has what it needs, where no operations say it: exchanges.
+# Guesses, not measured: time of a step over one without, for the exchanges it adds.
 _STAGE_COST = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.2}
 _EXCHANGE_PER_CHUNK = 1.1
 _OFFLOAD_OPTIMIZER_COST = 1.3
