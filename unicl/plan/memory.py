@@ -14,8 +14,8 @@ bytes of parameters on N ranks, and buckets of B bytes (what is copied together 
 
 Several backwards in a step (gradient cache) hold the whole gradient from one to the next, unless
 ZeRO 2 or 3 reduce after every chunk. DDP then holds it twice: in its buckets, and beside them.
-Measured on 4 CPU ranks (`python -m benchmarks zero_memory`), torch and ZeRO 0 and 1 are within 4% of
-this, ZeRO 2 took 19% more than foretold and ZeRO 3 53% more: leave room with those two.
+Measured on 4 CPU ranks (`python -m benchmarks zero_memory`), torch and ZeRO 0 and 1 are within 4%
+of this, ZeRO 2 took 19% more than foretold and ZeRO 3 53% more: leave room with those two.
 ZeRO: Rajbhandari et al. 2020; the buffers are those of DeepSpeed's `stage_1_and_2.py`, `stage3.py`.
 """
 
