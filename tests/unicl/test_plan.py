@@ -208,7 +208,7 @@ def test_zero_comes_before_what_costs_a_forward():
     )
     foretold = plan(recipe, gpus=8, gpu_memory=6, text_length=20)
     assert not foretold.fits
-    assert foretold.changes == ("--engine.backend deepspeed",)  # stage 1 is its default
+    assert foretold.changes == ("--engine.backend deepspeed", "--engine.zero_stage 2")
     assert foretold.slowdown == 1
     assert foretold.changed_memory.total <= 6 * GIB
 
