@@ -158,7 +158,7 @@ def build_backend(recipe: Recipe, task: Task, ranks: Ranks = ALONE) -> Backend:
 def build_model(recipe: Recipe) -> TwoTower:
     """Build the two towers with fresh weights, drawn from torch's global generator."""
     image, text = recipe.image_tower, recipe.text_tower
-    return TwoTower(
+    model = TwoTower(
         ImageTower(
             image.model,
             embed_dim=recipe.embed_dim,
@@ -182,6 +182,11 @@ def build_model(recipe: Recipe) -> TwoTower:
         initial_scale=recipe.loss.initial_scale,
         max_scale=recipe.loss.max_scale,
     )
+    if image.locked:
+        model.lock("image")
+    if text.locked:
+        model.lock("text")
+    return model
 
 
 def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:

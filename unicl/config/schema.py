@@ -4,7 +4,7 @@ Each component takes its own dataclass or plain arguments; the root is never pas
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from unicl.errors import UsageError
@@ -30,6 +30,16 @@ def _require_not_negative(config: object, section: str, *names: str) -> None:
         _require(value < math.inf, f"{section}.{name} must be finite, got {value}")
 
 
+def _require_unset(config: object, section: str, where: str, *names: str) -> None:
+    """Refuse settings that have no effect."""
+    defaults = {item.name: item.default for item in fields(config)}  # type: ignore[arg-type]
+    for name in names:
+        _require(
+            getattr(config, name) == defaults[name],
+            f"{section}.{name} has no effect on {where}; leave it out",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
     """The image side: a backbone and a linear projection."""
@@ -48,6 +58,8 @@ class ImageTowerConfig:
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     weights: str | None = None
     """A safetensors file with backbone weights to start from."""
+    locked: bool = False
+    """Keep the weights to start from: no gradient, no optimizer state, no stochastic depth."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "image_tower", "window_size", "layer_scale")
@@ -59,6 +71,8 @@ class ImageTowerConfig:
             0 <= self.drop_path_rate < 1,
             f"image_tower.drop_path_rate must lie in [0, 1), got {self.drop_path_rate}",
         )
+        if self.locked:
+            _require_unset(self, "image_tower", "a locked tower", "drop_path_rate", "checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +93,8 @@ class TextTowerConfig:
     """Each token sees only those before it (CLIP); false lets all tokens see each other (BERT)."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
+    locked: bool = False
+    """Keep the weights to start from: no gradient and no optimizer state."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "text_tower", "width", "num_layers", "num_heads", "mlp_width")
@@ -90,6 +106,8 @@ class TextTowerConfig:
             self.context_length >= 3,
             f"text_tower.context_length must be at least 3, got {self.context_length}",
         )
+        if self.locked:
+            _require_unset(self, "text_tower", "a locked tower", "checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +336,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim must be positive, got {self.embed_dim}")
+        _require(
+            not (self.image_tower.locked and self.text_tower.locked),
+            "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
+        )
         if self.evaluation.data is None:
             for key, value in (
                 ("trainer.keep_best", self.trainer.keep_best),

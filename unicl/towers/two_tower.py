@@ -1,7 +1,7 @@
 """Two towers and the learned scale between them (Florence, section 2.2)."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -38,6 +38,19 @@ class TwoTower(nn.Module):
         self.max_scale = max_scale
         # One element in a vector: neither ZeRO nor FSDP takes parameters without axes.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
+        self._locked: list[str] = []
+
+    def lock(self, tower: Literal["image", "text"]) -> None:
+        """Keep a tower as it is (LiT, Zhai et al. 2022): no gradient, and eval mode for good."""
+        self._locked.append(tower)
+        getattr(self, tower).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "TwoTower":
+        """Switch between training and evaluation; locked towers know evaluation only."""
+        super().train(mode)
+        for tower in self._locked:
+            getattr(self, tower).eval()
+        return self
 
     def encode_image(
         self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]

@@ -71,6 +71,21 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
         ("", {"trainer.chunk": "0"}, "trainer.chunk must be positive"),
         ("", {"trainer.seed": "99999999999999999999"}, "trainer.seed must lie in"),
         ("", {"embed_dim": "0"}, "embed_dim must be positive"),
+        (
+            "[image_tower]\nlocked = true",
+            {"image_tower.drop_path_rate": "0.1"},
+            "image_tower.drop_path_rate has no effect on a locked tower",
+        ),
+        (
+            "[text_tower]\nlocked = true",
+            {"text_tower.checkpointing": "true"},
+            "text_tower.checkpointing has no effect on a locked tower",
+        ),
+        (
+            "[text_tower]\nlocked = true",
+            {"image_tower.locked": "true"},
+            "image_tower.locked and text_tower.locked leave nothing to train",
+        ),
         ("", {"trainer.max_nonfinite": "-1"}, "trainer.max_nonfinite must not be negative"),
     ],
 )

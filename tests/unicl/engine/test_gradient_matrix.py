@@ -37,9 +37,9 @@ class Samples:
         return Samples(self.images[rows], self.tokens[rows], self.labels[rows])
 
 
-def build_model(checkpointing=False):
+def build_model(checkpointing=False, locked=None):
     torch.manual_seed(7)
-    return TwoTower(
+    model = TwoTower(
         ImageTower("coswin_nano", embed_dim=16, image_size=24, checkpointing=checkpointing),
         TextTower(
             width=16,
@@ -51,6 +51,9 @@ def build_model(checkpointing=False):
             checkpointing=checkpointing,
         ),
     )
+    if locked:
+        model.lock(locked)
+    return model
 
 
 def samples(labels):

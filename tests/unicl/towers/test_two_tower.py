@@ -99,6 +99,22 @@ def test_scale_that_was_carried_over_the_limit_returns_at_once():
     assert model.scale() < 50
 
 
+def test_a_locked_tower_neither_learns_nor_draws():
+    model = TwoTower(
+        ImageTower("coswin_nano", embed_dim=8, image_size=24, drop_path_rate=0.9),
+        TextTower(width=16, num_layers=1, num_heads=2, embed_dim=8),
+    )
+    images = torch.randn(4, 3, 24, 24)
+    assert not torch.equal(model.encode_image(images), model.encode_image(images))
+    model.lock("image")
+    for mode in (model, model.train(), model.eval().train()):
+        assert torch.equal(mode.encode_image(images), mode.encode_image(images))
+        assert mode.training
+        assert mode.text.training
+    assert not model.encode_image(images).requires_grad
+    assert model.encode_text(tokenize(CAPTIONS)).requires_grad
+
+
 def test_state_has_three_parts_and_survives_safetensors():
     model = TwoTower(
         ImageTower("test_resnet", embed_dim=8, image_size=32),
