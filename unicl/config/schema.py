@@ -188,9 +188,24 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices and kernels."""
     clip_grad_norm: float | None = 1.0
     """The gradient is scaled down to at most this norm; unset does not clip."""
+    image_rate: float = 1.0
+    """Factor of the image tower's learning rate."""
+    text_rate: float = 1.0
+    """Factor of the text tower's learning rate."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer of a tower to the one below it (BEiT, Bao et al.
+    2022); the projections, on top, have the full rate. 1 is off."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "optimizer", "learning_rate", "eps", "clip_grad_norm")
+        _require_positive(
+            self,
+            "optimizer",
+            *("learning_rate", "eps", "clip_grad_norm", "image_rate", "text_rate"),
+        )
+        _require(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay must lie in (0, 1], got {self.layer_decay}",
+        )
         _require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optimizer.betas must lie in [0, 1), got {self.betas[0]}, {self.betas[1]}",

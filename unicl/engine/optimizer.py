@@ -1,9 +1,12 @@
-"""AdamW with the lineage's rules of what decays."""
+"""AdamW with the lineage's rules of what decays, and a rate of its own for each layer."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from unicl.config import OptimizerConfig
+from unicl.errors import UsageError
 
 # Tables of vectors rather than maps between them: decay would only shrink what a row means.
 _TABLES = (
@@ -16,11 +19,15 @@ _TABLES = (
 )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters into those that decay and those that do not.
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Split trainable parameters by what decays and by the factor of the learning rate.
 
     Biases, norms, LayerScale (all vectors and scalars) and embedding tables do not decay, nor does
-    what a submodule names in timm's `no_weight_decay`.
+    what a submodule names in timm's `no_weight_decay`. The factor is the group's `lr_scale`, as
+    timm calls it.
+
+    Raises:
+        UsageError: Layers are to have different rates, but the model cannot tell its layers.
     """
     named_by_model = {
         f"{prefix}.{name}" if prefix else name
@@ -28,24 +35,49 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         if hasattr(module, "no_weight_decay")
         for name in module.no_weight_decay()
     }
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    factors = rate_factors(model, config)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = parameter.ndim <= 1 or name.endswith(_TABLES) or name in named_by_model
-        (no_decay if exempt else decay).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
+        kind = (0.0 if exempt else config.weight_decay, factors.get(name, 1.0))
+        groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": factor}
+        for (decay, factor), parameters in sorted(groups.items(), key=lambda each: each[0])
     ]
-    return [group for group in groups if group["params"]]
+
+
+def rate_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """Return the factor of the learning rate of every parameter that lies in a tower.
+
+    It is the tower's own, times `layer_decay` for each layer above. Towers number the layers of
+    their parameters, from the input on, in `layer_depths`.
+    """
+    rates = {"image": config.image_rate, "text": config.text_rate}
+    towers: dict[str, Any] = dict(model.named_children())
+    depths: dict[str, dict[str, int]] = {}
+    if config.layer_decay < 1:
+        depths = {t: m.layer_depths() for t, m in towers.items() if hasattr(m, "layer_depths")}
+        if not depths:
+            raise UsageError(
+                "optimizer.layer_decay has no effect: the model has no numbered layers"
+            )
+    factors = {}
+    for tower, module in towers.items():
+        own = depths.get(tower, {})
+        top = max(own.values(), default=0)
+        for name, _ in module.named_parameters():
+            layers_above = top - own.get(name, top)
+            factors[f"{tower}.{name}"] = rates.get(tower, 1.0) * config.layer_decay**layers_above
+    return factors
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW over the model's parameter groups; fused, one kernel for all parameters."""
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -54,6 +86,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group, times the group's own `lr_scale` if it has one."""
+    """Set the rate of every group, times the group's own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        group["lr"] = rate * group["lr_scale"]

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -86,6 +87,23 @@ class ImageTower(nn.Module):
             self.backbone.set_grad_checkpointing(enable)
         except (AssertionError, AttributeError):  # how timm's models say no
             raise _without_effect("checkpointing", self.model) from None
+
+    def layer_depths(self) -> dict[str, int]:
+        """Number each parameter's layer by the backbone's `group_matcher`; on top the projection.
+
+        These are timm's layers of the backbone under a classifier: what the matcher does not know,
+        such as a last norm, belongs to the top.
+
+        Raises:
+            UsageError: The model has no such groups.
+        """
+        if not hasattr(self.backbone, "group_matcher"):
+            raise UsageError(f"optimizer.layer_decay has no effect on {self.model}; leave it out")
+        top = "<projection>"  # no rule matches it
+        named = [(name, None) for name, _ in self.backbone.named_parameters()] + [(top, None)]
+        depths = group_with_matcher(iter(named), self.backbone.group_matcher(), reverse=True)
+        projection = {"projection.weight": depths.pop(top)}
+        return {f"backbone.{name}": depth for name, depth in depths.items()} | projection
 
     def forward(
         self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]

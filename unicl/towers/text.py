@@ -81,6 +81,17 @@ class TextTower(nn.Module):
         """Name what does not decay although it is a matrix."""
         return {"positional_embedding", "token_embedding.weight"}
 
+    def layer_depths(self) -> dict[str, int]:
+        """Number each parameter's layer: embeddings, blocks, and on top norm and projection."""
+        names = dict(self.named_parameters())
+        depths = dict.fromkeys(names, len(self.blocks) + 1)
+        for name in names:
+            if name.startswith("blocks."):
+                depths[name] = int(name.split(".")[1]) + 1
+            elif name.endswith("_embedding") or name.startswith("token_embedding."):
+                depths[name] = 0
+        return depths
+
     def forward(self, tokens: Int[Tensor, "texts length"]) -> Float[Tensor, "texts embed_dim"]:
         """Return the features of texts that end in the vocabulary's largest token.
 
