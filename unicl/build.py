@@ -25,6 +25,7 @@ from unicl.engine.checkpoint import (
     checkpoints,
     load_state,
     load_weights,
+    set_weights,
     verify_checkpoint,
 )
 from unicl.engine.schedule import learning_rate
@@ -36,9 +37,9 @@ from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
 from unicl.pretraining import Pretraining
-from unicl.towers.image import ImageTower, check_image_size
+from unicl.towers.image import ImageTower, check_image_size, read_safetensors
 from unicl.towers.text import TextTower, tokenize
-from unicl.towers.two_tower import TwoTower
+from unicl.towers.two_tower import TwoTower, carry_model
 
 logger = logging.getLogger("unicl")
 
@@ -125,7 +126,8 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
         raise UsageError("trainer.batch_size must be at least 2: the loss of one pair is always 0")
     device = choose_device(recipe.trainer.device)
     torch.manual_seed(recipe.trainer.seed)
-    model = build_model(recipe).to(device)
+    # A run that goes on has its weights in a checkpoint; the file to start from may be gone.
+    model = build_model(recipe, start=not checkpoints(folder / "checkpoints")).to(device)
     check_image_size(model.image, recipe.image_tower.image_size)
     task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
     return Trainer(
@@ -155,8 +157,16 @@ def build_backend(recipe: Recipe, task: Task, ranks: Ranks = ALONE) -> Backend:
     return DeepSpeedBackend(task, recipe.optimizer, ranks, recipe.engine)
 
 
-def build_model(recipe: Recipe) -> TwoTower:
-    """Build the two towers with fresh weights, drawn from torch's global generator."""
+def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
+    """Build the two towers with fresh weights, drawn from torch's global generator.
+
+    Args:
+        recipe: the architecture, and the weights to start from.
+        start: load those weights; others need not, if they load their own.
+
+    Raises:
+        UniclError: there are no such weights, or they do not fit.
+    """
     image, text = recipe.image_tower, recipe.text_tower
     model = TwoTower(
         ImageTower(
@@ -167,7 +177,7 @@ def build_model(recipe: Recipe) -> TwoTower:
             drop_path_rate=image.drop_path_rate,
             layer_scale=image.layer_scale,
             checkpointing=image.checkpointing,
-            weights=Path(image.weights) if image.weights else None,
+            weights=Path(image.weights) if start and image.weights else None,
         ),
         TextTower(
             width=text.width,
@@ -182,6 +192,9 @@ def build_model(recipe: Recipe) -> TwoTower:
         initial_scale=recipe.loss.initial_scale,
         max_scale=recipe.loss.max_scale,
     )
+    if start and recipe.weights is not None:
+        file, weights = _read_model(Path(recipe.weights))
+        set_weights(carry_model(weights, model, source=file), model, source=file)
     if image.locked:
         model.lock("image")
     if text.locked:
@@ -328,17 +341,35 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
         UniclError: there is no such run or checkpoint, or it is damaged.
     """
     path = Path(path)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    recipe = read_recipe(run)
-    if run == path:
-        path = _best_checkpoint(run)
+    recipe = read_recipe(_run_of(path))
+    model = build_model(recipe, start=False)
+    load_weights(_weights_of(path), model)
+    return model.eval(), recipe
+
+
+def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Read the weights that a run, a checkpoint or a file has, and say from which file."""
+    if path.suffix != ".safetensors":
+        if not path.is_dir():
+            raise UsageError(f"weights names no run, checkpoint or .safetensors file: {path}")
+        path = _weights_of(path)
+    return path, read_safetensors(path, key="weights")
+
+
+def _run_of(path: Path) -> Path:
+    """Return the folder of the run, given it or one of its checkpoints."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _weights_of(path: Path) -> Path:
+    """Return the file with the weights of a run or checkpoint, once it is known to be whole."""
+    if _run_of(path) == path:
+        path = _best_checkpoint(path)
     elif path.is_dir():
         verify_checkpoint(path, only="model.safetensors")
     else:
         raise UniclError(f"there is no checkpoint {path}")
-    model = build_model(recipe)
-    load_weights(path / "model.safetensors", model)
-    return model.eval(), recipe
+    return path / "model.safetensors"
 
 
 def _best_checkpoint(run: Path) -> Path:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
 from unicl.build import (
@@ -18,6 +19,7 @@ from unicl.config import parse_recipe
 from unicl.engine.checkpoint import checkpoints
 from unicl.engine.metrics import read_metrics
 from unicl.errors import UniclError, UsageError
+from unicl.towers.text import tokenize
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,83 @@ def test_the_metric_of_the_best_can_be_changed(corpus, tmp_path):
         train(recipe_for(corpus, trainer__keep_best="top1", trainer__eval_every="3"), tmp_path)
     recipe = recipe_for(corpus, trainer__keep_best="zero_shot/top1", trainer__eval_every="3")
     assert train(recipe, tmp_path).step == 6
+
+
+def test_a_run_starts_from_another_ones_model(corpus, tmp_path):
+    """From a run, a checkpoint or a file; to another image size, window and context length."""
+    source = train(recipe_for(corpus), tmp_path / "source").path
+    old = load_model(source)[0]
+    newest = checkpoints(source / "checkpoints")[-1]
+    images = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    tokens = tokenize(["red square", "blue"], context_length=10)
+    for path in (source, newest, newest / "model.safetensors"):
+        recipe = recipe_for(corpus, weights=str(path), text_tower__context_length="10")
+        model = build_model(recipe).eval()
+        assert torch.equal(model.encode_text(tokens), old.encode_text(tokens))
+        assert torch.equal(model.encode_image(images), old.encode_image(images))
+        assert torch.equal(model.logit_scale, old.logit_scale)
+    longer = recipe_for(
+        corpus,
+        weights=str(source),
+        text_tower__context_length="30",
+        image_tower__image_size="48",
+        image_tower__window_size="5",
+    )
+    model = build_model(longer).eval()
+    assert torch.equal(model.encode_text(tokens), old.encode_text(tokens))
+    tables = [w for k, w in model.named_parameters() if k.endswith("bias_table")]
+    assert {len(table) for table in tables} == {81}
+    # Once it has a checkpoint of its own, a run needs what it started from no more.
+    run = train(longer, tmp_path / "run").path
+    source.rename(tmp_path / "gone")
+    assert train(longer, run).step == 6
+    load_model(run)
+    with pytest.raises(UsageError, match=r"weights names no run, checkpoint or \.safetensors file"):
+        train(longer, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"embed_dim": "8"},
+            r"safetensors is of another .*projection.weight is \(16, \d+\), .*\(8",
+        ),
+        ({"text_tower__num_layers": "2"}, r"safetensors is of another .* no text.blocks.1"),
+        (
+            {"text_tower__width": "8"},
+            r"safetensors is of another .*: text\..* is \(16, 16\), .* 8\)",
+        ),
+        ({"image_tower__model": "test_vit"}, r"safetensors does not fit image_tower.model: "),
+        ({"image_tower__layer_scale": "1"}, r"safetensors does not fit image_tower.model: .*gamma"),
+    ],
+)
+def test_weights_to_start_from_must_fit(corpus, tmp_path, overrides, message):
+    model = build_model(recipe_for(corpus))
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    with pytest.raises(UniclError, match=message) as caught:
+        train(recipe_for(corpus, weights=str(path), **overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_is_no_whole_model(corpus, tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    save_file(build_model(recipe_for(corpus)).image.backbone.state_dict(), path)
+    with pytest.raises(UsageError, match=r"has no whole model's weights: it lacks image.backbone"):
+        build_model(recipe_for(corpus, weights=str(path)))
+    build_model(recipe_for(corpus, image_tower__weights=str(path)))
+
+
+def test_a_locked_tower_keeps_its_weights(corpus, tmp_path):
+    path = tmp_path / "model.safetensors"
+    before = build_model(recipe_for(corpus)).state_dict()
+    save_file(before, path)
+    locked = {"weights": str(path), "image_tower__locked": "true"}
+    run = train(recipe_for(corpus, **locked, image_tower__drop_path_rate="0"), tmp_path / "run")
+    model = load_model(run.path)[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("image."), name
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", "mps", ""])

@@ -117,7 +117,7 @@ class LossConfig:
     targets: Literal["unicl", "clip"] = "unicl"
     """What counts as a positive: equal labels (unicl), or only the sample's own text (clip)."""
     initial_scale: float = 14.285714
-    """Scale of the similarities at step 0 (CLIP's 1/0.07)."""
+    """Scale of the similarities at step 0 (CLIP's 1/0.07), unless it comes with `weights`."""
     max_scale: float = 100.0
     """The scale is clamped to this in the forward pass."""
     tile: int = 2048
@@ -330,6 +330,9 @@ class Recipe:
     """One line for lists and reports."""
     embed_dim: int = 512
     """Width of the space both towers project into."""
+    weights: str | None = None
+    """A run, one of its checkpoints, or a safetensors file of a whole model to start from: both
+    towers and the scale, carried to this recipe's image size, window and context length."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     """The image tower."""
     text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -354,6 +357,20 @@ class Recipe:
         _require(
             not (self.image_tower.locked and self.text_tower.locked),
             "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
+        )
+        for tower in ("image", "text"):
+            if getattr(self, f"{tower}_tower").locked:
+                _require_unset(self.optimizer, "optimizer", "a locked tower", f"{tower}_rate")
+        if self.weights is not None:
+            _require_unset(self.image_tower, "image_tower", "a run with `weights`", "weights")
+        _require(
+            not self.image_tower.locked or bool(self.weights or self.image_tower.weights),
+            "image_tower.locked needs `weights` or image_tower.weights: "
+            "without them the tower would stay random",
+        )
+        _require(
+            not self.text_tower.locked or bool(self.weights),
+            "text_tower.locked needs `weights`: without them the tower would stay random",
         )
         if self.evaluation.data is None:
             for key, value in (

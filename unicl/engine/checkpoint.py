@@ -201,19 +201,27 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UniclError: unreadable file, or names or shapes of another architecture.
     """
-    tensors = _read(path)
+    set_weights(_read(path), model, source=path)
+
+
+def set_weights(tensors: Mapping[str, Tensor], model: nn.Module, *, source: Path) -> None:
+    """Put weights into a model that they fit exactly.
+
+    Raises:
+        UniclError: names or shapes of another architecture; `source` is where they are from.
+    """
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in tensors:
-            raise UniclError(f"{path} is of another architecture: it has no {name}")
+            raise UniclError(f"{source} is of another architecture: it has no {name}")
         if tensors[name].shape != tensor.shape:
             found, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
             raise UniclError(
-                f"{path} is of another architecture: {name} is {found}, the model's is {wanted}"
+                f"{source} is of another architecture: {name} is {found}, the model's is {wanted}"
             )
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise UniclError(
-            f"{path} is of another architecture: the model has no {unknown[0]} "
+            f"{source} is of another architecture: the model has no {unknown[0]} "
             f"({len(unknown)} tensors too many)"
         )
     model.load_state_dict(tensors)

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch._subclasses.fake_tensor import (
 import cosswin  # also registers coswin_* with timm
 from unicl.errors import UniclError, UsageError
 
+# Where a two-tower model has its backbone.
+_BACKBONE = "image.backbone."
 # What timm's models call the initial LayerScale.
 _LAYER_SCALE = ("layer_scale", "init_values", "ls_init_value")
 
@@ -144,14 +147,28 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
         UsageError: The file is not safetensors, cannot be read, or does not fit.
         UniclError: The file is damaged.
     """
-    weights = _read_safetensors(path)
-    prefix = "image.backbone."
-    if any(name.startswith(prefix) for name in weights):
-        weights = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+    weights = read_safetensors(path, key="image_tower.weights")
+    weights = backbone_weights(weights) or weights
+    backbone.load_state_dict(carry_backbone(weights, backbone, source=path))
+
+
+def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone's part of the weights of a whole two-tower model."""
+    return {k.removeprefix(_BACKBONE): w for k, w in weights.items() if k.startswith(_BACKBONE)}
+
+
+def carry_backbone(
+    weights: dict[str, Tensor], backbone: nn.Module, *, source: Path
+) -> dict[str, Tensor]:
+    """Return a backbone's weights in the names and shapes of `backbone`.
+
+    Raises:
+        UsageError: They are of another architecture; `source` is where they are from.
+    """
     try:
         weights = _carry(weights, backbone)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} does not fit image_tower.model: {error}") from error
+        raise UsageError(f"{source} does not fit image_tower.model: {error}") from error
     target = backbone.state_dict()
     odd = sorted(
         weights.keys() ^ target.keys()
@@ -160,10 +177,10 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     if odd:
         what = "missing" if odd[0] not in weights else "unknown or of another shape"
         raise UsageError(
-            f"{path} does not fit image_tower.model: {odd[0]} is {what} ({len(odd)} in all); "
+            f"{source} does not fit image_tower.model: {odd[0]} is {what} ({len(odd)} in all); "
             "give the model that the weights were trained as"
         )
-    backbone.load_state_dict(weights)
+    return weights
 
 
 def _build_backbone(model: str, **settings: Any) -> nn.Module:
@@ -196,10 +213,16 @@ def _without_effect(setting: str, model: str) -> UsageError:
     return UsageError(f"image_tower.{setting} has no effect on {model}; leave it out")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
+    """Read the weights that the recipe's `key` names.
+
+    Raises:
+        UsageError: The file is not safetensors, or cannot be read.
+        UniclError: The file is damaged.
+    """
     if path.suffix != ".safetensors":
         raise UsageError(
-            f"image_tower.weights must be a .safetensors file, got {path}; convert it where you "
+            f"{key} must be a .safetensors file, got {path}; convert it where you "
             "trust it: safetensors.torch.save_file(torch.load(...), 'weights.safetensors')"
         )
     try:
@@ -207,7 +230,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         # safetensors raises some without the system's words for it.
         reason = error.strerror or ("no such file" if not path.exists() else str(error))
-        raise UsageError(f"cannot read image_tower.weights {path}: {reason}") from error
+        raise UsageError(f"cannot read {key} {path}: {reason}") from error
     except SafetensorError as error:
         raise UniclError(f"{path} is damaged: {error}; fetch or write it again") from error
 

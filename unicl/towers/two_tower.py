@@ -1,6 +1,8 @@
 """Two towers and the learned scale between them (Florence, section 2.2)."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl.errors import UsageError
+from unicl.towers.image import backbone_weights, carry_backbone
 from unicl.towers.text import deduplicate, trim
+
+_POSITIONS = "text.positional_embedding"
 
 
 class TwoTower(nn.Module):
@@ -92,6 +97,37 @@ class TwoTower(nn.Module):
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "texts dim"], Float[Tensor, ""]]:
         """Return image embeddings, text embeddings and scale: what the loss takes."""
         return self.encode_image(images), self.encode_text(tokens), self.scale()
+
+
+def carry_model(
+    weights: Mapping[str, Tensor], model: TwoTower, *, source: Path
+) -> dict[str, Tensor]:
+    """Carry a whole model's weights to another image size, window and context length.
+
+    Texts that fit both contexts keep their features: positions keep their vectors, and those that
+    are new start with what `model` has there. What else differs is left as it is.
+
+    Args:
+        weights: State dict of a `TwoTower` with an `ImageTower` and a `TextTower`.
+        model: What is to take them; it is not changed.
+        source: Where they are from, for the errors.
+
+    Raises:
+        UsageError: The image tower is of another architecture, or there is none.
+    """
+    backbone = backbone_weights(weights)
+    if not backbone:
+        raise UsageError(f"{source} has no whole model's weights: it lacks image.backbone.*")
+    image: Any = model.image
+    backbone = carry_backbone(backbone, image.backbone, source=source)
+    carried = {k: w for k, w in weights.items() if not k.startswith("image.backbone.")}
+    carried |= {f"image.backbone.{k}": w for k, w in backbone.items()}
+    old, new = carried.get(_POSITIONS), model.state_dict()[_POSITIONS].clone()
+    if old is not None and old.shape[1:] == new.shape[1:]:
+        kept = min(len(old), len(new))
+        new[:kept] = old[:kept]
+        carried[_POSITIONS] = new
+    return carried
 
 
 class _BoundedExp(torch.autograd.Function):

@@ -62,6 +62,13 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
         ("", {"evaluation.names": "data/train"}, "evaluation.names needs evaluation.data"),
         ("", {"optimizer.betas": "0.9,1.0"}, "optimizer.betas must lie in"),
         ("", {"optimizer.weight_decay": "-1"}, "weight_decay must not be negative"),
+        ("", {"optimizer.layer_decay": "0"}, r"optimizer.layer_decay must lie in \(0, 1\], got 0"),
+        ("", {"optimizer.text_rate": "0"}, "optimizer.text_rate must be positive"),
+        (
+            "[image_tower]\nlocked = true",
+            {"optimizer.image_rate": "0.5"},
+            "optimizer.image_rate has no effect on a locked tower",
+        ),
         ("", {"schedule.warmup_steps": "-1"}, "schedule.warmup_steps must not be negative"),
         ("", {"data.crop_scale": "0.9,0.5"}, "data.crop_scale must rise"),
         ("", {"data.crop_ratio": "0,1"}, "data.crop_ratio must rise"),
@@ -80,6 +87,13 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
             "[text_tower]\nlocked = true",
             {"text_tower.checkpointing": "true"},
             "text_tower.checkpointing has no effect on a locked tower",
+        ),
+        ("", {"text_tower.locked": "true"}, "text_tower.locked needs `weights`: "),
+        ("", {"image_tower.locked": "true"}, "locked needs `weights` or image_tower.weights: "),
+        (
+            "weights = 'runs/first'",
+            {"image_tower.weights": "a.safetensors"},
+            "image_tower.weights has no effect on a run with `weights`",
         ),
         (
             "[text_tower]\nlocked = true",
