@@ -362,18 +362,23 @@ def _run_of(path: Path) -> Path:
 
 
 def _weights_of(path: Path) -> Path:
-    """Return the file with the weights of a run or checkpoint, once it is known to be whole."""
+    """Return the file with the weights of a run or checkpoint, once it is known to be whole.
+
+    These are the averaged ones where the run keeps an average.
+    """
+    averages = read_recipe(_run_of(path)).optimizer.ema_decay is not None
+    name = "ema.safetensors" if averages else "model.safetensors"
     if _run_of(path) == path:
-        path = _best_checkpoint(path)
+        path = _best_checkpoint(path, name)
     elif path.is_dir():
-        verify_checkpoint(path, only="model.safetensors")
+        verify_checkpoint(path, only=name)
     else:
         raise UniclError(f"there is no checkpoint {path}")
-    return path / "model.safetensors"
+    return path / name
 
 
-def _best_checkpoint(run: Path) -> Path:
-    """Return a run's best checkpoint if it kept one, else its newest; of those that are whole."""
+def _best_checkpoint(run: Path, file: str) -> Path:
+    """Return a run's best checkpoint, or its newest, of those that have the file whole."""
     found = checkpoints(run / "checkpoints")
     if not found:
         raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
@@ -384,7 +389,7 @@ def _best_checkpoint(run: Path) -> Path:
     # Sorting is stable: after the wanted one the newest comes first.
     for path in sorted(reversed(found), key=lambda path: path.name != wanted):
         try:
-            verify_checkpoint(path, only="model.safetensors")
+            verify_checkpoint(path, only=file)
         except DamagedCheckpointError as error:
             logger.warning("%s; looking for another checkpoint", error)
         else:

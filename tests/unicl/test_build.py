@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
 from unicl.build import (
@@ -273,6 +273,22 @@ def test_a_backbone_is_no_whole_model(corpus, tmp_path):
     with pytest.raises(UsageError, match=r"has no whole model's weights: it lacks image.backbone"):
         build_model(recipe_for(corpus, weights=str(path)))
     build_model(recipe_for(corpus, image_tower__weights=str(path)))
+
+
+def test_the_average_is_what_is_loaded(corpus, tmp_path):
+    run = train(recipe_for(corpus, optimizer__ema_decay="0.9"), tmp_path / "run").path
+    newest = checkpoints(run / "checkpoints")[-1]
+    average = load_file(newest / "ema.safetensors")
+    assert not torch.equal(
+        average["logit_scale"], load_file(newest / "model.safetensors")["logit_scale"]
+    )
+    started = build_model(recipe_for(corpus, weights=str(run)))
+    for model in (load_model(run)[0], load_model(newest)[0], started):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, average[name]), name
+    (newest / "ema.safetensors").unlink()
+    with pytest.raises(UniclError, match=r"cannot read ema\.safetensors"):
+        load_model(newest)
 
 
 def test_a_locked_tower_keeps_its_weights(corpus, tmp_path):

@@ -195,6 +195,9 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from each layer of a tower to the one below it (BEiT, Bao et al.
     2022); the projections, on top, have the full rate. 1 is off."""
+    ema_decay: float | None = None
+    """Share of the old value in each step of the weights' moving average, such as 0.9999; early
+    steps keep less. The average is what is evaluated and loaded. Unset keeps none."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -205,6 +208,10 @@ class OptimizerConfig:
         _require(
             0 < self.layer_decay <= 1,
             f"optimizer.layer_decay must lie in (0, 1], got {self.layer_decay}",
+        )
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"optimizer.ema_decay must lie in (0, 1), got {self.ema_decay}",
         )
         _require(
             all(0 <= beta < 1 for beta in self.betas),

@@ -51,6 +51,8 @@ class Backend(Protocol):
     encoder: Encoder
     sizes: dict[str, int]
     """Number of elements of each trained parameter, by name."""
+    kinds: tuple[str, ...]
+    """What is kept per element of those: moments, and an average of the weights if asked for."""
     loss_scale: float
     """Factor of the loss in the backward pass (fp16); what is returned is free of it."""
 
@@ -78,8 +80,11 @@ class Backend(Protocol):
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter's name and whole gradient, as `step` would find it."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the model's whole state dict on the CPU; empty on all ranks but the first."""
+    def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Return the model's whole state dict on the CPU; empty on all ranks but the first.
+
+        With `averaged` the trained parameters are their averages, once there was an update.
+        """
 
     def moments(self, keep: Collection[str]) -> dict[str, Tensor]:
         """Return the whole moments of the parameters named in `keep` on the CPU.
@@ -88,14 +93,10 @@ class Backend(Protocol):
         """
 
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
-        """Set the moments as they were after so many updates."""
+        """Set all `kinds`, by `KIND:NAME`, as they were after so many updates."""
 
     def whole_model(self) -> AbstractContextManager[Any]:
-        """Make a context that gives the model with all its weights, for reading only."""
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps per element."""
+        """Make a context that gives the whole model, averaged if it can be, for reading only."""
 
 
 def tower_of(name: str) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints: folders of safetensors and JSON, complete or absent, and nothing to unpickle.
 
     checkpoints/step-00000500/
-        model.safetensors                      all weights: what is needed to use the model
+        model.safetensors                      all weights
+        ema.safetensors                        their average, if the run keeps one
         optimizer-00001-of-00002.safetensors   moments by parameter name, some on each rank
         state.json                             step, position in the data, running means, ...
         SHA256SUMS                             of all files, as `sha256sum -c` reads them
@@ -31,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unicl.distributed import ALONE, Ranks
-from unicl.engine.backend import MOMENTS, Backend
+from unicl.engine.backend import Backend
+from unicl.engine.optimizer import AVERAGE
 from unicl.errors import UniclError
 
 logger = logging.getLogger("unicl")
@@ -68,8 +70,9 @@ def save_checkpoint(folder: Path, step: int, backend: Backend, state: Mapping[st
         save_file(moments, unfinished / shard)
         written = [unfinished / shard]
         if ranks.first:
-            written += [unfinished / name for name in _FILES]
-            save_file(weights, unfinished / "model.safetensors")
+            for name, tensors in weights.items():
+                save_file(tensors, unfinished / name)
+            written += [unfinished / name for name in (*weights, "state.json")]
             (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         for path in written:
             _flush(path)
@@ -85,7 +88,9 @@ def save_checkpoint(folder: Path, step: int, backend: Backend, state: Mapping[st
 
     try:
         ranks.together(clear)
-        weights = backend.weights()
+        weights = {"model.safetensors": backend.weights()}
+        if AVERAGE in backend.kinds:
+            weights["ema.safetensors"] = backend.weights(averaged=True)
         moments = backend.moments(_share(backend.sizes, ranks))
         sums = ranks.gather_objects(ranks.together(write))
         ranks.together(finish)
@@ -125,7 +130,7 @@ def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Path | None:
 
 
 def load_moments(path: Path, backend: Backend, *, updates: int) -> None:
-    """Load the moments of a checkpoint, whichever ranks have written them.
+    """Load the moments and averages of a checkpoint, whichever ranks have written them.
 
     Raises:
         DamagedCheckpointError: a file cannot be read, or moments are missing.
@@ -135,8 +140,11 @@ def load_moments(path: Path, backend: Backend, *, updates: int) -> None:
     moments: dict[str, Tensor] = {}
     for shard in sorted(path.glob("optimizer-*.safetensors")):
         moments |= _read(shard)
+    if AVERAGE in backend.kinds:
+        averages = _read(path / "ema.safetensors")
+        moments |= {f"{AVERAGE}:{name}": average for name, average in averages.items()}
     for name in backend.sizes:
-        if not all(f"{kind}:{name}" in moments for kind in MOMENTS):
+        if not all(f"{kind}:{name}" in moments for kind in backend.kinds):
             raise DamagedCheckpointError(f"{path} is damaged: it has no moments of {name}")
     backend.load_moments(moments, updates=updates)
 

@@ -22,14 +22,20 @@ from torch import Tensor, nn
 from unicl.config import EngineConfig, OptimizerConfig
 from unicl.distributed import Ranks
 from unicl.engine.backend import (
-    MOMENTS,
     Encoder,
     scale_gradients,
     sums_of_squares,
     tower_of,
     trained,
 )
-from unicl.engine.optimizer import build_optimizer, set_learning_rate
+from unicl.engine.optimizer import (
+    AVERAGE,
+    MOMENTS,
+    build_optimizer,
+    kinds,
+    set_learning_rate,
+    update_averages,
+)
 from unicl.engine.task import Task
 
 BUCKET = 2**25
@@ -76,7 +82,11 @@ class DeepSpeedBackend:
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
         self._towers = tuple(dict.fromkeys(map(tower_of, self.sizes)))
         self._device = next(iter(self._parameters.values())).device
-        self._skeleton = copy.deepcopy(task.model).to("meta") if self._stage == 3 else None
+        self.kinds = kinds(optimizer)
+        self._ema_decay = optimizer.ema_decay
+        self._updates = 0
+        copies = self._stage == 3 or self._ema_decay is not None
+        self._skeleton = copy.deepcopy(task.model).to("meta") if copies else None
         self._engine = _initialize(self.encoder, optimizer, config, self._device)
         self._optimizer = self._engine.optimizer
         self.loss_scale = 1.0
@@ -121,6 +131,9 @@ class DeepSpeedBackend:
             scale_gradients(self._parameters, 1 / self.loss_scale)
         set_learning_rate(self._optimizer, rate)
         self._engine.step()
+        self._updates += 1
+        if self._ema_decay is not None:
+            update_averages(self._states, self._ema_decay, self._updates)
 
     def drop(self) -> None:
         """Forget the gradient, in all the places where ZeRO keeps it."""
@@ -142,15 +155,17 @@ class DeepSpeedBackend:
         for name, gradient in self._whole(self._own_gradient):
             yield name, gradient / self.loss_scale
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Return the model's whole state dict on the CPU, on the first rank."""
+        found: dict[str, Tensor] = {}
         with self._gathered():
-            if not self.ranks.first:
-                return {}
-            state = self.encoder.model.state_dict()
-            return {
-                name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()
-            }
+            if self.ranks.first:
+                state = self.encoder.model.state_dict()
+                found = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
+        for name, average in self._averages() if averaged else ():
+            if self.ranks.first:
+                found[name] = average.cpu().contiguous()
+        return found
 
     def moments(self, keep: Collection[str]) -> dict[str, Tensor]:
         """Return the moments of the parameters named in `keep` on the CPU."""
@@ -164,9 +179,10 @@ class DeepSpeedBackend:
         return found
 
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
-        """Set the moments as they were after so many updates."""
+        """Set moments and averages as they were after so many updates."""
+        self._updates = updates
         for name, parameter in self._parameters.items():
-            values = {kind: moments[f"{kind}:{name}"] for kind in MOMENTS}
+            values = {kind: moments[f"{kind}:{name}"] for kind in self.kinds}
             if self._stage == 0:
                 state = {kind: value.to(parameter.device) for kind, value in values.items()}
                 state["step"] = torch.tensor(float(updates), device=parameter.device)
@@ -178,14 +194,14 @@ class DeepSpeedBackend:
             state = self._states[piece.flat]
             if not state:
                 state["step"] = torch.tensor(float(updates), device=piece.flat.device)
-                state |= {kind: torch.zeros_like(piece.flat) for kind in MOMENTS}
+                state |= {kind: torch.zeros_like(piece.flat) for kind in self.kinds}
             for kind, value in values.items():
                 own = value.flatten().narrow(0, piece.start, piece.length)
                 piece.of(state[kind]).copy_(own)
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """Give the model, or with partitioned parameters a copy of it that has all of them."""
+        """Give the model, or with averages or partitioned parameters a copy that has all."""
         model = self.encoder.model
         if self._skeleton is None:
             yield model
@@ -197,7 +213,14 @@ class DeepSpeedBackend:
         with self._gathered():
             for own, parameter in zip(replica.parameters(), model.parameters(), strict=True):
                 own.data.copy_(parameter.data)
+        own_parameters = dict(replica.named_parameters())
+        for name, average in self._averages():
+            own_parameters[name].data.copy_(average)
         yield replica
+
+    def _averages(self) -> Iterator[tuple[str, Tensor]]:
+        if AVERAGE in self.kinds and self._updates > 0:
+            yield from self._whole(partial(self._own_moment, AVERAGE))
 
     def _gathered(self) -> AbstractContextManager[object]:
         if self._stage < 3:

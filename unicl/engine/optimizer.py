@@ -1,12 +1,18 @@
-"""AdamW with the lineage's rules of what decays, and a rate of its own for each layer."""
+"""AdamW with the lineage's rules of what decays, and a rate of its own for each layer; averages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unicl.config import OptimizerConfig
 from unicl.errors import UsageError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps per element."""
+AVERAGE = "average"
+"""What `ema_decay` keeps per element besides."""
 
 # Tables of vectors rather than maps between them: decay would only shrink what a row means.
 _TABLES = (
@@ -74,6 +80,11 @@ def rate_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     return factors
 
 
+def kinds(config: OptimizerConfig) -> tuple[str, ...]:
+    """Name what is kept per element of a trained parameter."""
+    return MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW over the model's parameter groups; fused, one kernel for all parameters."""
     return torch.optim.AdamW(
@@ -89,3 +100,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of every group, times the group's own `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+
+
+def update_averages(states: Mapping[Tensor, dict[str, Any]], decay: float, updates: int) -> None:
+    """Move each weight's average, kept in its optimizer's state, towards what it is by now.
+
+    So the average is laid out, shared out and offloaded like the moments. It starts with the
+    weights after the first update, and the decay of update t is at most (1 + t) / (10 + t): a
+    short run, too, forgets its random start.
+
+    Args:
+        states: The optimizer's state of every tensor that it updates.
+        decay: The old average's share in the new one.
+        updates: Number of updates, this one included.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    for tensor, state in states.items():
+        if AVERAGE not in state:
+            state[AVERAGE] = tensor.detach().clone()
+    averages = [state[AVERAGE] for state in states.values()]
+    torch._foreach_lerp_(averages, [tensor.detach() for tensor in states], 1 - decay)

@@ -1,5 +1,6 @@
 """Everything on every rank; gradients are averaged by DDP, during the last backward of a step."""
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,14 +11,20 @@ from torch.nn.parallel import DistributedDataParallel
 from unicl.config import OptimizerConfig
 from unicl.distributed import Ranks
 from unicl.engine.backend import (
-    MOMENTS,
     Encoder,
     scale_gradients,
     sums_of_squares,
     tower_of,
     trained,
 )
-from unicl.engine.optimizer import build_optimizer, set_learning_rate
+from unicl.engine.optimizer import (
+    AVERAGE,
+    MOMENTS,
+    build_optimizer,
+    kinds,
+    set_learning_rate,
+    update_averages,
+)
 from unicl.engine.task import Task
 
 
@@ -37,8 +44,11 @@ class TorchBackend:
         self.sizes = {name: p.numel() for name, p in self._parameters.items()}
         self._towers = tuple(dict.fromkeys(map(tower_of, self.sizes)))
         self._optimizer = build_optimizer(task.model, optimizer)
+        self.kinds = kinds(optimizer)
         self.loss_scale = 1.0
         self._clip = optimizer.clip_grad_norm
+        self._ema_decay = optimizer.ema_decay
+        self._updates = 0
         self._ddp = None
         if ranks.size > 1:
             self._ddp = DistributedDataParallel(
@@ -77,6 +87,9 @@ class TorchBackend:
         scale_gradients(self._parameters, factor / self.loss_scale)
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
+        self._updates += 1
+        if self._ema_decay is not None:
+            update_averages(self._optimizer.state, self._ema_decay, self._updates)
         self.drop()
 
     def drop(self) -> None:
@@ -89,11 +102,12 @@ class TorchBackend:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             yield name, gradient / self.loss_scale
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Return the model's state dict on the CPU, on the first rank."""
         if not self.ranks.first:
             return {}
         state = self.encoder.model.state_dict()
+        state |= self._averages() if averaged else {}
         return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
     def moments(self, keep: Collection[str]) -> dict[str, Tensor]:
@@ -107,14 +121,26 @@ class TorchBackend:
         }
 
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
-        """Set the moments as they were after so many updates."""
+        """Set moments and averages as they were after so many updates."""
+        self._updates = updates
         for name, parameter in self._parameters.items():
-            state = {kind: moments[f"{kind}:{name}"].to(parameter.device) for kind in MOMENTS}
+            state = {kind: moments[f"{kind}:{name}"].to(parameter.device) for kind in self.kinds}
             # The counter of fused AdamW must live where its kernel runs.
             state["step"] = torch.tensor(float(updates), device=parameter.device)
             self._optimizer.state[parameter] = state
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """Give the model itself."""
-        yield self.encoder.model
+        """Give the model itself, or a copy of it with the averages."""
+        averages = self._averages()
+        if not averages:
+            yield self.encoder.model
+            return
+        replica = copy.deepcopy(self.encoder.model)
+        replica.load_state_dict(averages, strict=False)
+        yield replica
+
+    def _averages(self) -> dict[str, Tensor]:
+        if AVERAGE not in self.kinds or self._updates == 0:
+            return {}
+        return {name: self._optimizer.state[p][AVERAGE] for name, p in self._parameters.items()}

@@ -63,6 +63,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
         ("", {"optimizer.betas": "0.9,1.0"}, "optimizer.betas must lie in"),
         ("", {"optimizer.weight_decay": "-1"}, "weight_decay must not be negative"),
         ("", {"optimizer.layer_decay": "0"}, r"optimizer.layer_decay must lie in \(0, 1\], got 0"),
+        ("", {"optimizer.ema_decay": "1"}, r"optimizer.ema_decay must lie in \(0, 1\), got 1"),
         ("", {"optimizer.text_rate": "0"}, "optimizer.text_rate must be positive"),
         (
             "[image_tower]\nlocked = true",

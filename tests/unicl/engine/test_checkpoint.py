@@ -13,7 +13,6 @@ from tests.unicl.engine.toy import ToyTask
 from unicl.config import OptimizerConfig
 from unicl.distributed import ALONE
 from unicl.engine import checkpoint
-from unicl.engine.backend import MOMENTS
 from unicl.engine.checkpoint import (
     DamagedCheckpointError,
     checkpoints,
@@ -25,6 +24,7 @@ from unicl.engine.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from unicl.engine.optimizer import MOMENTS
 from unicl.engine.torch_backend import TorchBackend
 from unicl.errors import UniclError
 
