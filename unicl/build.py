@@ -36,7 +36,7 @@ from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
-from unicl.pretraining import Pretraining
+from unicl.pretraining import Pretraining, StepFlops
 from unicl.towers.image import ImageTower, check_image_size, read_safetensors
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower, carry_model
@@ -129,6 +129,11 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
     # A run that goes on has its weights in a checkpoint; the file to start from may be gone.
     model = build_model(recipe, start=not checkpoints(folder / "checkpoints")).to(device)
     check_image_size(model.image, recipe.image_tower.image_size)
+    flops = StepFlops(
+        model,
+        image_size=recipe.image_tower.image_size,
+        context_length=recipe.text_tower.context_length,
+    )
     task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
     return Trainer(
         task,
@@ -144,6 +149,7 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
             total_steps=recipe.trainer.steps,
         ),
         evaluators=build_evaluators(recipe, ranks),
+        flops=flops,
         ranks=ranks,
     )
 

@@ -3,12 +3,18 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from unicl.distributed import ALONE, Ranks
 from unicl.engine.task import TaskInputs
 from unicl.loss import unicl_loss
-from unicl.towers.text import deduplicate
+from unicl.towers.text import deduplicate, trim
 from unicl.towers.two_tower import TwoTower
 
 
@@ -36,11 +42,7 @@ class Pretraining:
         self.tile = tile
         self.ranks = ranks
         towers = {"image": model.image, "text": model.text}
-        self._frozen = frozenset(
-            name
-            for name, tower in towers.items()
-            if not any(parameter.requires_grad for parameter in tower.parameters())
-        )
+        self._frozen = frozenset(name for name, tower in towers.items() if not _learns(tower))
 
     def inputs(self, batch: Any) -> TaskInputs:
         """Lay out images, unique texts, and the labels that tie them together."""
@@ -77,8 +79,78 @@ class Pretraining:
             tile=self.tile,
             group=self.ranks.group,
         )
-        return loss, {"scale": scale.detach()}
+        similarities = _similarities(
+            embeddings["image"].detach(),
+            embeddings["text"].detach()[context["inverse"]],
+            self.ranks,
+        )
+        return loss, {"scale": scale.detach(), **similarities}
 
     def _encode_text(self, tokens: Tensor) -> Tensor:
         # Already unique; trimming happens per chunk, to the longest text of the chunk.
         return self.model.encode_text(tokens, deduplicated=True)
+
+
+class StepFlops:
+    """Floating-point operations of a step, from those of one image and of one text.
+
+    Made before an engine shares the weights out. A tower that learns costs its forward three times
+    (the backward is two products for each of the forward), a locked one once. What is recomputed,
+    by checkpointing or the gradient cache, does not count: these are the model's operations.
+
+    Args:
+        model: The two towers.
+        image_size: Side of the images in pixels.
+        context_length: Longest text in tokens; shorter ones cost proportionally less, which takes
+            attention's small quadratic part as linear.
+    """
+
+    def __init__(self, model: TwoTower, *, image_size: int, context_length: int) -> None:
+        text = count_flops(model.text, (1, context_length), torch.int64)
+        self.per_image = count_flops(model.image, (1, 3, image_size, image_size), torch.float32)
+        self.per_token = text / context_length
+        self.per_image *= 3 if _learns(model.image) else 1
+        self.per_token *= 3 if _learns(model.text) else 1
+
+    def __call__(self, inputs: TaskInputs) -> float:
+        """Return the operations of this rank's part of a batch, which is still on the CPU."""
+        tokens = trim(inputs.towers["text"]).numel()
+        return self.per_image * len(inputs.towers["image"]) + self.per_token * tokens
+
+
+def count_flops(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Count a forward's operations on tensors that have shapes, but neither memory nor values.
+
+    It is 0 for a model whose shapes depend on values.
+    """
+    device = next(tower.parameters()).device
+    fake, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
+    training = tower.training
+    try:
+        with torch.no_grad(), fake, counter:
+            tower.eval()(torch.zeros(shape, dtype=dtype, device=device))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return 0.0
+    finally:
+        tower.train(training)
+    return float(counter.get_total_flops())
+
+
+def _similarities(images: Tensor, texts: Tensor, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the mean similarity of the batch's own pairs, and of every image with every text.
+
+    Both follow from sums over the batch, so the ranks exchange a few numbers, and no matrix of
+    similarities is needed: the mean of all <image, text> is <mean image, mean text>.
+    """
+    images, texts = images.float(), texts.float()
+    pairs = torch.dot(images.flatten(), texts.flatten())[None]
+    sums = torch.cat([images.sum(0), texts.sum(0), pairs, pairs.new_tensor([len(images)])])
+    *vectors, pairs, count = ranks.sum_(sums).split([images.shape[1], texts.shape[1], 1, 1])
+    return {
+        "similarity/pairs": (pairs / count)[0],
+        "similarity/all": torch.dot(*vectors) / count[0].square(),
+    }
+
+
+def _learns(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())

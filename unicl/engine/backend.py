@@ -71,6 +71,9 @@ class Backend(Protocol):
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of each tower's gradient, equal on all ranks."""
 
+    def weight_norms(self) -> dict[str, float]:
+        """Return the norm of each tower's trained parameters, equal on all ranks."""
+
     def step(self, rate: float, *, norm: float) -> None:
         """Clip the gradient, whose norm over all towers is given, and update the parameters."""
 

@@ -118,12 +118,19 @@ class DeepSpeedBackend:
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of each tower's gradient, from what each rank holds of it."""
-        pieces = ((n, g) for n in self._parameters if (g := self._own_gradient(n)) is not None)
+        norms = self._norms(self._own_gradient)
+        return {tower: norm / self.loss_scale for tower, norm in norms.items()}
+
+    def weight_norms(self) -> dict[str, float]:
+        """Return the norm of each tower's trained parameters, from what each rank updates."""
+        return self._norms(self._own_weight)
+
+    def _norms(self, own: Callable[[str], Tensor | None]) -> dict[str, float]:
+        pieces = ((name, t) for name in self._parameters if (t := own(name)) is not None)
         squares = sums_of_squares(self._towers, pieces, self._device)
         if self._stage > 0:
             self.ranks.sum_(squares)
-        norms = squares.sqrt() / self.loss_scale
-        return dict(zip(self._towers, norms.tolist(), strict=True))
+        return dict(zip(self._towers, squares.sqrt().tolist(), strict=True))
 
     def step(self, rate: float, *, norm: float) -> None:
         """Clip the gradient and update the parameters; the engine computes the norm itself."""
@@ -265,6 +272,12 @@ class DeepSpeedBackend:
             return self._optimizer.get_local_fp32_grad_for_param(parameter)[: piece.length]
         fragment = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
         return fragment.flatten()
+
+    def _own_weight(self, name: str) -> Tensor | None:
+        if self._stage == 0:
+            return self._parameters[name].detach()
+        piece = self._piece(name)
+        return None if piece is None else piece.of(piece.flat.detach())
 
     def _own_moment(self, kind: str, name: str) -> Tensor | None:
         if self._stage == 0:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -99,28 +100,65 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# Dense bf16 and fp16 operations per second as of the vendor's data sheets, in teraflops; the first
+# name that is part of the device's own counts.
+_PEAKS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
+
+
+def peak_teraflops(device: torch.device, precision: str) -> float | None:
+    """Return what a device does at most in half precision; None where that is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
 class StepClock:
-    """Samples per second since the last reading, and the time that is left."""
+    """Speed since the last reading, and the time that is left."""
 
     def __init__(self) -> None:
         self._restart()
 
     def add(self, samples: int) -> None:
-        """Count one step."""
+        """Count one step and its samples on all ranks."""
         self._samples += samples
         self._steps += 1
 
-    def read(self, steps_left: int) -> tuple[float, float]:
-        """Return samples per second and seconds left, and start over."""
+    def add_flops(self, flops: float) -> None:
+        """Count floating-point operations of this rank."""
+        self._flops += flops
+
+    def read(self, steps_left: int, peak: float | None = None) -> tuple[dict[str, float], float]:
+        """Return the speed as metrics, and the seconds left; start over.
+
+        `tflops` are those of one device, and `mfu` (Chowdhery et al. 2022, appendix B) is their
+        share of `peak`.
+        """
         elapsed = max(time.perf_counter() - self._start, 1e-9)
-        rate = self._samples / elapsed
+        speed = {"train/samples_per_second": self._samples / elapsed}
+        if self._flops:
+            speed["train/tflops"] = self._flops / elapsed / 1e12
+            if peak is not None:
+                speed["train/mfu"] = speed["train/tflops"] / peak
         remaining = steps_left * elapsed / max(self._steps, 1)
         self._restart()
-        return rate, remaining
+        return speed, remaining
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
         self._samples = 0
+        self._flops = 0.0
         self._steps = 0
 
 
@@ -129,9 +167,10 @@ def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: floa
     width = len(str(total))
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
+    mfu = f"  MFU {row['train/mfu']:.1%}" if "train/mfu" in row else ""
     skipped = f"  skipped {row['train/skipped']:.0f}" if row.get("train/skipped") else ""
     logger.info(
-        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s  "
+        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s%s  "
         "%s left%s",
         width,
         step,
@@ -141,6 +180,7 @@ def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: floa
         row["train/learning_rate"],
         row["train/grad_norm"],
         row["train/samples_per_second"],
+        mfu,
         f"{hours}:{minutes:02d}:{seconds:02d}",
         skipped,
     )

@@ -1,7 +1,7 @@
 """Everything on every rank; gradients are averaged by DDP, during the last backward of a step."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -77,8 +77,15 @@ class TorchBackend:
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of each tower's gradient."""
         pieces = ((n, p.grad) for n, p in self._parameters.items() if p.grad is not None)
+        return {tower: norm / self.loss_scale for tower, norm in self._norms(pieces).items()}
+
+    def weight_norms(self) -> dict[str, float]:
+        """Return the norm of each tower's trained parameters."""
+        return self._norms((name, p.detach()) for name, p in self._parameters.items())
+
+    def _norms(self, pieces: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
         device = next(iter(self._parameters.values())).device
-        norms = sums_of_squares(self._towers, pieces, device).sqrt() / self.loss_scale
+        norms = sums_of_squares(self._towers, pieces, device).sqrt()
         return dict(zip(self._towers, norms.tolist(), strict=True))
 
     def step(self, rate: float, *, norm: float) -> None:

@@ -38,6 +38,7 @@ from unicl.engine.metrics import (
     log_evaluation,
     log_line,
     log_skipped,
+    peak_teraflops,
 )
 from unicl.engine.precision import LossScale, autocast, faster_precision
 from unicl.engine.task import Task, TaskInputs
@@ -85,6 +86,7 @@ class Trainer:
         config: length, batch, precision and what is written when.
         learning_rate: the rate of every step.
         evaluators: called with the model; they return figures by name, equal on all ranks.
+        flops: counts the operations of a step on this rank, to report how well a device is used.
         ranks: the processes that train together.
     """
 
@@ -98,11 +100,12 @@ class Trainer:
         config: TrainerConfig,
         learning_rate: Callable[[int], float],
         evaluators: Sequence[Evaluator] = (),
+        flops: Callable[[TaskInputs], float] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.loader, self.folder, self.config = task, loader, folder, config
         self.learning_rate, self.evaluators, self.ranks = learning_rate, evaluators, ranks
-        self._make_backend = backend
+        self._make_backend, self._flops = backend, flops
         self.device = next(task.model.parameters()).device
         self.step = 0
         self.updates = 0
@@ -180,7 +183,9 @@ class Trainer:
 
     def update(self, batch: Any) -> None:
         """Do one step: forward, loss, backward, clip, optimizer."""
-        inputs = self.task.inputs(batch).to(self.device)
+        inputs = self.task.inputs(batch)
+        self.clock.add_flops(self._flops(inputs) if self._flops else 0.0)
+        inputs = inputs.to(self.device)
         chunks = self._num_chunks(inputs)
         if self.precision == "auto":
             self._choose_precision(inputs, chunks)
@@ -207,8 +212,11 @@ class Trainer:
 
     def report(self) -> None:
         """Write the means since the last report."""
-        rate, seconds_left = self.clock.read(self.config.steps - self.step)
-        row = {**self.means.pop(), "train/samples_per_second": rate}
+        peak = peak_teraflops(self.device, self.precision)
+        speed, seconds_left = self.clock.read(self.config.steps - self.step, peak)
+        norms = self.backend.weight_norms()
+        row = {**self.means.pop(), **speed}
+        row |= {f"train/weight_norm/{tower}": norm for tower, norm in norms.items()}
         row["train/skipped"] = float(self.skipped.total())
         if self.precision == "fp16":
             row["train/loss_scale"] = self.loss_scale.value

@@ -93,7 +93,11 @@ def check_rates(kinds):
         backend = build_rated(kind, task, ranks, rates)
         backward(task, backend, task.inputs(samples("unique")[own]))
         backend.step(0.01, norm=1.0)
-        for name, value in backend.weights().items():
+        weights, norms = backend.weights(), backend.weight_norms()
+        for tower in norms if ranks.first else ():
+            whole = torch.cat([v.flatten() for n, v in weights.items() if n.startswith(tower)])
+            assert norms[tower] == pytest.approx(float(whole.norm()), rel=1e-5), (kind, tower)
+        for name, value in weights.items():
             moved = (value - before[name]).abs().max()
             # Where all of a gradient vanishes AdamW's eps counts.
             low = 0 if name.endswith(("bias_table", "bias")) else 0.9

@@ -234,7 +234,8 @@ def test_auto_precision_is_chosen_once_and_kept(tmp_path):
 
 
 def test_metrics_carry_what_a_person_watches(tmp_path):
-    make(tmp_path, log_every=4).fit()
+    trainer = make(tmp_path, log_every=4)
+    trainer.fit()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert rows[0].keys() >= {
@@ -244,5 +245,20 @@ def test_metrics_carry_what_a_person_watches(tmp_path):
         "train/grad_norm",
         "train/samples_per_second",
         "train/skipped",
+        "train/weight_norm/left",
+        "train/weight_norm/logit_scale",
     }
+    assert "train/tflops" not in rows[0]
+    weights = trainer.backend.weights()
+    left = torch.cat([value.flatten() for name, value in weights.items() if name[:4] == "left"])
+    assert rows[-1]["train/weight_norm/left"] == pytest.approx(float(left.norm()))
+
+
+def test_the_speed_of_the_device_is_reported(tmp_path):
+    trainer = make(tmp_path, log_every=4)
+    trainer._flops = lambda inputs: 1e9 * len(inputs.towers["left"])
+    trainer.fit()
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        per_sample = 1e12 * row["train/tflops"] / row["train/samples_per_second"]
+        assert per_sample == pytest.approx(1e9)
     assert list((tmp_path / "events").glob("events.out.tfevents.*"))
