@@ -63,6 +63,7 @@ _FREE_ON_RESUME = {
     "name",
     "text_tower.checkpointing",
     "trainer.chunk",
+    "trainer.compile",
     "trainer.device",
     "trainer.eval_every",
     "trainer.keep_best",
@@ -135,6 +136,9 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
         context_length=recipe.text_tower.context_length,
     )
     task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
+    if recipe.trainer.compile:
+        for tower in (model.image, model.text):
+            tower.compile()  # in place: the weights keep their names
     return Trainer(
         task,
         build_train_loader(recipe, ranks),

@@ -246,6 +246,8 @@ class TrainerConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type of the towers. auto: bf16 on a GPU; on a CPU the faster of fp32 and bf16 in a
     step of each, or fp32 on several ranks."""
+    compile: bool = False
+    """Compile each tower by torch.compile: a slow start, then faster steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     seed: int = 0
@@ -269,6 +271,10 @@ class TrainerConfig:
             "trainer",
             *("steps", "batch_size", "chunk"),
             *("log_every", "eval_every", "save_every", "keep_last"),
+        )
+        _require(
+            not (self.compile and self.chunk == 1),
+            "trainer.compile needs a trainer.chunk of at least 2 rows",
         )
         _require(
             0 <= self.seed < 2**32, f"trainer.seed must lie in [0, 4294967296), got {self.seed}"
@@ -364,6 +370,11 @@ class Recipe:
         _require(
             not (self.image_tower.locked and self.text_tower.locked),
             "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
+        )
+        _require(
+            not (self.trainer.compile and self.engine.zero_stage == 3)
+            or self.engine.backend == "torch",
+            "trainer.compile needs engine.zero_stage 0 to 2: at 3 every layer fetches its weights",
         )
         for tower in ("image", "text"):
             if getattr(self, f"{tower}_tower").locked:

@@ -76,7 +76,17 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
         ("", {"data.num_workers": "-1"}, "data.num_workers must not be negative, got -1"),
         ("", {"data.max_skipped_share": "2"}, "data.max_skipped_share must lie in"),
         ("", {"evaluation.batch_size": "0"}, "evaluation.batch_size must be positive"),
+        (
+            "",
+            {"trainer.compile": "true", "trainer.chunk": "1"},
+            "compile needs a trainer.chunk of at",
+        ),
         ("", {"trainer.chunk": "0"}, "trainer.chunk must be positive"),
+        (
+            "[engine]\nbackend = 'deepspeed'\nzero_stage = 3",
+            {"trainer.compile": "true"},
+            "trainer.compile needs engine.zero_stage 0 to 2",
+        ),
         ("", {"trainer.seed": "99999999999999999999"}, "trainer.seed must lie in"),
         ("", {"embed_dim": "0"}, "embed_dim must be positive"),
         (
