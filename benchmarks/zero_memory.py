@@ -1,28 +1,21 @@
 """How much memory does a rank hold under DDP and ZeRO, and does `unicl plan` foretell it?"""
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.harness import ROOT, reset_peak, resident, status
+from benchmarks.harness import reset_peak, resident, status
+from benchmarks.ranks import on_ranks
 from benchmarks.record import Bar, Result
 from unicl.build import build_backend, build_model
 from unicl.config import Recipe, parse_recipe
 from unicl.distributed import Ranks
 from unicl.engine.gradient_cache import backward, num_chunks
-from unicl.errors import UniclError
 from unicl.plan import Plan, plan
 from unicl.pretraining import Pretraining
 
@@ -104,7 +97,8 @@ def measure(*, quick: bool) -> Result:
 
 def _row(name: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     foretold = plan_of(overrides)
-    measured = [rank["peak"] - rank["imports"] for rank in _on_ranks(overrides)]
+    held = on_ranks(_RANKS, "benchmarks.zero_memory:measure_rank", overrides=overrides)
+    measured = [rank["peak"] - rank["imports"] for rank in held]
     phase = foretold.memory
     return {
         "engine": name,
@@ -135,56 +129,11 @@ def _recipe(overrides: Mapping[str, str]) -> Recipe:
     return parse_recipe("", overrides)
 
 
-def _on_ranks(overrides: Mapping[str, str]) -> list[dict[str, float]]:
-    """Run the steps in one process a rank, and return what each of them held.
-
-    Raises:
-        UniclError: A rank failed.
-    """
-    child = "from benchmarks.zero_memory import measure_rank; measure_rank()"
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(_RANKS):
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(_RANKS),
-                "LOCAL_WORLD_SIZE": str(_RANKS),
-                # Fixed, so that what is freed goes back to the kernel at once: glibc else raises
-                # the threshold to 32 MiB, and smaller pieces that were freed count as held.
-                "MALLOC_MMAP_THRESHOLD_": str(2**16),
-            }
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", child, folder, json.dumps(dict(overrides))],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        said = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, said, strict=True):
-        if rank.returncode:
-            reason = (errors.strip().splitlines() or ["killed, perhaps for lack of memory"])[-1]
-            raise UniclError(f"a rank failed with exit code {rank.returncode}: {reason}")
-    return [json.loads(output.splitlines()[-1]) for output, _ in said]
-
-
-def measure_rank() -> None:
-    """Be one of the ranks: run steps, and print the memory of the last one in MiB."""
-    folder, recipe = Path(sys.argv[1]), _recipe(json.loads(sys.argv[2]))
+def measure_rank(ranks: Ranks, overrides: Mapping[str, str]) -> dict[str, float]:
+    """Run steps on one of the ranks, and return its memory after imports and at the peak in MiB."""
+    recipe = _recipe(overrides)
     if recipe.engine.backend == "deepspeed":
         import deepspeed  # noqa: F401  an import too
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=_RANKS
-    )
-    ranks = Ranks(dist.group.WORLD)
     ranks.barrier()
     imports = resident()
     torch.manual_seed(0)
@@ -204,9 +153,7 @@ def measure_rank() -> None:
     ranks.barrier()
     reset_peak()
     step()
-    print(json.dumps({"imports": imports, "peak": status("VmHWM")}))
-    ranks.barrier()
-    dist.destroy_process_group()
+    return {"imports": imports, "peak": status("VmHWM")}
 
 
 def _make_batch(recipe: Recipe, rows: int) -> _Batch:
