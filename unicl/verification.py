@@ -130,7 +130,7 @@ def _prepare(recipe: Recipe, size: int, slim: bool) -> _Problem:
     if slim:
         recipe = replace(recipe, image_tower=_SLIM_IMAGE, text_tower=_SLIM_TEXT, embed_dim=64)
     # Stochastic depth draws per rank and chunk, so there would be no one truth.
-    tower = replace(recipe.image_tower, drop_path_rate=0.0, weights=None)
+    tower = replace(recipe.image_tower, drop_path_rate=0.0)
     recipe = replace(
         recipe,
         image_tower=tower,
@@ -201,7 +201,7 @@ def _engines(config: EngineConfig) -> dict[str, EngineConfig]:
 
 def _fresh(recipe: Recipe, device: torch.device) -> TwoTower:
     torch.manual_seed(recipe.trainer.seed)
-    return build_model(recipe).to(device)
+    return build_model(recipe, start=False).to(device)
 
 
 def _truth(model: TwoTower, batch: Batch, targets: str) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ No formula knows an architecture: what a forward leaves alive is what its backwa
 timm model can be planned. Nothing runs backward, for autograd wants a real GPU for that.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,15 +236,12 @@ def _unchecked_regions(held: _Held) -> Iterator[list[int]]:
 
 
 def _build(recipe: Recipe, mode: FakeTensorMode, device: str) -> TwoTower:
-    bare = dataclasses.replace(
-        recipe, image_tower=dataclasses.replace(recipe.image_tower, weights=None)
-    )
     try:
         with mode, torch.device(device):
-            return build_model(bare)
+            return build_model(recipe, start=False)
     except (DataDependentOutputException, UnsupportedFakeTensorException):
         # Some of timm's models read numbers out of tensors; they are built for real first.
-        model = build_model(bare)
+        model = build_model(recipe, start=False)
         for module in model.modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
