@@ -1,4 +1,4 @@
-"""Trains and writes down which samples each rank has read; also what a launcher can start."""
+"""What a run has done: the samples that each rank has read, and its metrics."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from unicl.build import build_trainer
 from unicl.config import parse_recipe
 from unicl.distributed import ALONE, Ranks, joined
+from unicl.engine.metrics import read_metrics
 from unicl.errors import UniclError
 
 
@@ -34,6 +35,13 @@ class Watched:
             with self.log.open("a") as file:
                 file.write(json.dumps({"step": step, "keys": batch.keys}) + "\n")
             yield batch
+
+
+def untimed(folder):
+    """The rows of a run's metrics without what depends on the machine."""
+    timed = {"train/samples_per_second", "train/tflops"}
+    found = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 def train(folder, keys, *, death=None, attempt=0, fault=None):

@@ -4,11 +4,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from tests.unicl.history import seen, surviving, train
+from tests.unicl.history import seen, surviving, train, untimed
 from tests.unicl.ranks import on_ranks
 from unicl.build import build_trainer
 from unicl.config import parse_recipe
-from unicl.engine.metrics import read_metrics
 
 STEPS = 10
 ZERO = {
@@ -18,12 +17,6 @@ ZERO = {
 
 def weights(folder):
     return load_file(folder / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
-
-
-def rows(folder):
-    timed = "train/samples_per_second"
-    found = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != timed} for row in found]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +32,7 @@ def keys(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_another_topology_goes_on_with_the_same_samples(tmp_path, keys):
     # Stochastic depth draws per rank and chunk.
     keys = {**keys, "image_tower.drop_path_rate": "0"}
@@ -57,7 +51,7 @@ def test_another_topology_goes_on_with_the_same_samples(tmp_path, keys):
     assert surviving(attempts) == seen(whole, 0)
     assert len(surviving(attempts)) == STEPS
 
-    for one, other in zip(rows(whole), rows(cut), strict=True):
+    for one, other in zip(untimed(whole), untimed(cut), strict=True):
         assert one == pytest.approx(other, rel=2e-3)
         assert one["train/learning_rate"] == other["train/learning_rate"]
     start = build_trainer(parse_recipe("", keys), tmp_path / "none").task.model.state_dict()
@@ -81,13 +75,14 @@ ENGINES = {
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_the_same_topology_goes_on_bit_for_bit(tmp_path, keys):
     on_ranks(2, train_whole_and_cut, tmp_path, keys)
     for name in ENGINES:
         one, other = weights(tmp_path / f"{name}-whole"), weights(tmp_path / f"{name}-cut")
         assert one.keys() == other.keys()
         assert all(one[tensor].equal(other[tensor]) for tensor in one), name
-        assert rows(tmp_path / f"{name}-whole") == rows(tmp_path / f"{name}-cut")
+        assert untimed(tmp_path / f"{name}-whole") == untimed(tmp_path / f"{name}-cut")
 
 
 def train_whole_and_cut(folder, keys):

@@ -7,20 +7,26 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl.engine.metrics import read_metrics
+from tests.unicl.history import untimed
 
 STEPS = 40
+RANK_STEPS = 400
+KILLS = 20
+# Detecting the death, ending the other rank, starting both again, and the first steps.
+RESTART_SECONDS = 60
 
 
-def command(run, keys):
+def command(run, keys, *launcher):
     words = [word for key, value in keys.items() for word in (f"--{key}", value)]
     return [
         sys.executable,
         "-m",
+        *launcher,
         "unicl",
         "train",
         str(run.parent / "kill.toml"),
@@ -37,12 +43,6 @@ def start(run, keys):
 
 def final_weights(run):
     return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
-
-
-def rows(run):
-    timed = ("train/samples_per_second", "train/tflops")
-    found = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 @pytest.mark.slow
@@ -84,4 +84,61 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
     one, other = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
     assert one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_killed_ranks_end_as_if_undisturbed(tmp_path):
+    """SIGKILL of a random rank at a random moment; torchrun starts both again."""
+    (tmp_path / "kill.toml").write_text("")
+    keys = {
+        **small_recipe(write_corpus(tmp_path / "train")),
+        "trainer.steps": str(RANK_STEPS),
+        "trainer.save_every": "5",
+        "trainer.log_every": "1",
+    }
+    elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(KILLS)]
+    launcher = ["torch.distributed.run", *elastic, "--monitor-interval", "0.1", "-m"]
+
+    def launch(run):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (tmp_path / f"{run}.log").open("w") as log:
+            return subprocess.Popen(
+                command(tmp_path / run, keys, *launcher), env=environment, stdout=log, stderr=log
+            )
+
+    assert launch("whole").wait(timeout=300) == 0, (tmp_path / "whole.log").read_text()[-3000:]
+
+    generator = random.Random(20)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    agent = launch("cut")
+    kills = 0
+    for _ in range(KILLS):
+        seconds = wait_for_progress(agent, metrics)
+        assert seconds < RESTART_SECONDS, (tmp_path / "cut.log").read_text()[-3000:]
+        time.sleep(generator.uniform(0.0, 0.5))
+        workers = psutil.Process(agent.pid).children()
+        if len(workers) < 2:  # the run is at its end
+            break
+        generator.choice(workers).kill()
+        kills += 1
+    assert agent.wait(timeout=300) == 0, (tmp_path / "cut.log").read_text()[-3000:]
+    assert kills == KILLS
+
+    one, other = (
+        load_file(tmp_path / run / "checkpoints" / f"step-{RANK_STEPS:08d}" / "model.safetensors")
+        for run in ("whole", "cut")
+    )
+    assert all(one[name].equal(other[name]) for name in one)
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
+
+
+def wait_for_progress(agent, metrics):
+    """Wait until the run has written metrics again; return how long that took."""
+    start, before = time.monotonic(), time.time()
+    while not (metrics.exists() and metrics.stat().st_mtime > before and metrics.stat().st_size):
+        if agent.poll() is not None or time.monotonic() - start > 2 * RESTART_SECONDS:
+            break
+        time.sleep(0.05)
+    return time.monotonic() - start

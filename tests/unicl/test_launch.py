@@ -128,6 +128,7 @@ def srun(arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize("backend", ["torch", "deepspeed"])
 def test_every_launcher_trains_the_same_run(tmp_path, backend):
     (tmp_path / "any.toml").write_text("")

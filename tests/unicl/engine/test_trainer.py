@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.unicl.engine.toy import ToyLoader, ToyModel, ToyTask
+from tests.unicl.history import untimed
 from unicl.config import OptimizerConfig, TrainerConfig
 from unicl.distributed import ALONE
 from unicl.engine.checkpoint import checkpoints
@@ -44,11 +45,6 @@ def make(folder, *, loader=None, evaluators=(), **config):
         ),
         evaluators=evaluators,
     )
-
-
-def untimed(folder):
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "train/samples_per_second"} for row in rows]
 
 
 def assert_equal_runs(one, other):
