@@ -4,8 +4,14 @@ One process alone is a group of one; every exchange is then free, so that nothin
 whether it runs on one rank or on many.
 """
 
+import contextlib
 import os
 import re
+import signal
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,59 +139,6 @@ ALONE = Ranks()
 """A process by itself."""
 
 
-@contextmanager
-def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) -> Iterator[Ranks]:
-    """Join the ranks that a launcher has started; without a launcher there is one.
-
-    Args:
-        device: Where this rank computes: CPUs talk over gloo, GPUs over NCCL.
-        timeout_seconds: A rank that hears nothing for so long raises instead of waiting on.
-        alone: Whether a single process may do without a process group.
-
-    Raises:
-        UniclError: The other ranks cannot be reached.
-    """
-    launch = find_launch()
-    if dist.is_initialized():
-        yield Ranks(dist.group.WORLD)
-        return
-    if launch is None and alone:
-        yield ALONE
-        return
-    os.environ.update((launch or _SINGLE).environment())
-    gpu = device.type == "cuda"
-    try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if gpu else None,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UniclError(
-            f"cannot join the other ranks at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {reason}"
-        ) from error
-    try:
-        yield Ranks(dist.group.WORLD)
-    except RuntimeError as error:
-        if not _is_lost_rank(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise UniclError(
-            f"another rank is gone or did not answer within {timeout_seconds} seconds; "
-            f"start the same command again, and the run goes on ({reason})"
-        ) from error
-    finally:
-        dist.destroy_process_group()
-
-
-def _is_lost_rank(error: RuntimeError) -> bool:
-    """Tell what a collective raises when a peer has died from other errors of torch."""
-    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
 @dataclass(frozen=True)
 class Launch:
     """What a launcher tells a process about itself and the others."""
@@ -206,6 +159,120 @@ class Launch:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
+
+
+@contextmanager
+def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) -> Iterator[Ranks]:
+    """Join the ranks that a launcher has started; without a launcher there is one.
+
+    Args:
+        device: Where this rank computes: CPUs talk over gloo, GPUs over NCCL.
+        timeout_seconds: A rank that hears nothing for so long raises instead of waiting on.
+        alone: Whether a single process may do without a process group.
+
+    Raises:
+        UniclError: The other ranks cannot be reached.
+    """
+    launch = find_launch()
+    if dist.is_initialized():
+        yield Ranks(dist.group.WORLD)
+        return
+    if launch is None and alone:
+        yield ALONE
+        return
+    launch = launch or _SINGLE
+    os.environ.update(launch.environment())
+    gpu = device.type == "cuda"
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        with _killable():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo",
+                timeout=timeout,
+                device_id=device if gpu else None,
+                store=_fresh_store(launch, timeout) if _has_agent() else None,
+                rank=launch.rank if _has_agent() else -1,
+                world_size=launch.size if _has_agent() else -1,
+            )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UniclError(
+            f"cannot join the other ranks at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {reason}"
+        ) from error
+    try:
+        yield Ranks(dist.group.WORLD)
+    except RuntimeError as error:
+        if not _is_lost_rank(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UniclError(
+            f"another rank is gone or did not answer within {timeout_seconds} seconds; "
+            f"start the same command again, and the run goes on ({reason})"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _killable() -> Iterator[None]:
+    """Let SIGTERM end the process at once: what waits for other ranks would not see a handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _has_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _fresh_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Return a store that all ranks of this start share, and no rank that has died before.
+
+    torchrun's agent has one store for all its restarts, and in it stand the addresses of the ranks
+    that it has restarted. So rank 0 opens a store of its own, tells its address there, and answers
+    who greets it; the others greet what they find until somebody answers.
+    """
+    shared = dist.TCPStore(launch.address, launch.port, is_master=False, timeout=timeout)
+    key = "unicl/store"
+    if launch.rank == 0:
+        host = _address_towards(launch.address, launch.port)
+        own = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        shared.set(key, f"{host} {own.port}")
+        for rank in range(1, launch.size):
+            own.set(f"answer/{own.get(f'greeting/{rank}').decode()}", "")
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        host, port = shared.get(key).decode().split()
+        with contextlib.suppress(OSError, RuntimeError):
+            socket.create_connection((host, int(port)), timeout=2).close()
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+            nonce = uuid.uuid4().hex
+            store.set(f"greeting/{launch.rank}", nonce)
+            store.wait([f"answer/{nonce}"], timedelta(seconds=10))
+            return store
+        time.sleep(0.2)
+    raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():.0f} seconds")
+
+
+def _address_towards(host: str, port: int) -> str:
+    """Return this host's address on the network that leads to another one; sends nothing."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Tell what a collective raises when a peer has died from other errors of torch."""
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def find_launch() -> Launch | None:

@@ -96,7 +96,7 @@ def check_rates(kinds):
         weights, norms = backend.weights(), backend.weight_norms()
         for tower in norms if ranks.first else ():
             whole = torch.cat([v.flatten() for n, v in weights.items() if n.startswith(tower)])
-            assert norms[tower] == pytest.approx(float(whole.norm()), rel=1e-5), (kind, tower)
+            assert norms[tower] == pytest.approx(float(whole.double().norm()), rel=1e-4), kind
         for name, value in weights.items():
             moved = (value - before[name]).abs().max()
             # Where all of a gradient vanishes AdamW's eps counts.
