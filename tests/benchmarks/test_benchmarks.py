@@ -61,6 +61,16 @@ def test_gradient_cache(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+def test_distributed(tmp_path):
+    record = run_quick("distributed", tmp_path)
+    (curve,) = record["tables"].values()
+    assert [row["batch"] for row in curve] == [512, 1024]
+    assert all(row["extra_mib"] > 0 for row in curve)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
 def test_zero_memory(tmp_path):
     record = run_quick("zero_memory", tmp_path)
     (rows,) = record["tables"].values()
