@@ -186,13 +186,15 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
     timeout = timedelta(seconds=timeout_seconds)
     try:
         with _killable():
+            meeting: dict[str, Any] = {}  # unset: the environment says where the ranks meet
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _fresh_store(launch, timeout)
+                meeting = {"store": store, "rank": launch.rank, "world_size": launch.size}
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo",
                 timeout=timeout,
                 device_id=device if gpu else None,
-                store=_fresh_store(launch, timeout) if _has_agent() else None,
-                rank=launch.rank if _has_agent() else -1,
-                world_size=launch.size if _has_agent() else -1,
+                **meeting,
             )
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -225,10 +227,6 @@ def _killable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _has_agent() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _fresh_store(launch: Launch, timeout: timedelta) -> dist.Store:
@@ -298,10 +296,7 @@ def find_launch() -> Launch | None:
                 int(variables["SLURM_STEP_NUM_TASKS"]),
                 int(variables["SLURM_LOCALID"]),
                 variables.get("MASTER_ADDR") or first_host(variables["SLURM_STEP_NODELIST"]),
-                # Jobs that share a host get different ports, all ranks of a job the same.
-                int(
-                    variables.get("MASTER_PORT") or 20_000 + int(variables["SLURM_JOB_ID"]) % 20_000
-                ),
+                int(variables.get("MASTER_PORT") or _port(int(variables["SLURM_JOB_ID"]))),
             )
     except (KeyError, ValueError) as error:
         raise UsageError(
