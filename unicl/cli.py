@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "Any key can be set on the command line: --trainer.steps 200.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    _add_recipe(train)
     train.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
     train.set_defaults(run=_train, takes_overrides=True)
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "the single-process gradient; exit code 1 if one is wrong. Start it as you start train.",
         allow_abbrev=False,
     )
-    verify.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    _add_recipe(verify)
     verify.add_argument("--slim", action="store_true", help="small towers instead of the recipe's")
     verify.add_argument("--samples-per-rank", type=int, default=8, metavar="N")
     verify.add_argument(
@@ -127,7 +127,7 @@ def _add_plan(commands: Any) -> None:
         "Any key can be set on the command line: --trainer.batch_size 4096.",
         allow_abbrev=False,
     )
-    plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
+    _add_recipe(plan)
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     plan.add_argument(
         "--gpu-memory", type=float, required=True, metavar="G", help="GiB of memory of each GPU"
@@ -145,6 +145,10 @@ def _add_plan(commands: Any) -> None:
         help="tokens of a batch's longest text (default: the whole context)",
     )
     plan.set_defaults(run=_plan, takes_overrides=True)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a .toml file")
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

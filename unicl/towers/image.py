@@ -25,7 +25,7 @@ import cosswin  # also registers coswin_* with timm
 from unicl.errors import UniclError, UsageError
 
 # Where a two-tower model has its backbone.
-_BACKBONE = "image.backbone."
+BACKBONE = "image.backbone."
 # What timm's models call the initial LayerScale.
 _LAYER_SCALE = ("layer_scale", "init_values", "ls_init_value")
 
@@ -154,7 +154,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's part of the weights of a whole two-tower model."""
-    return {k.removeprefix(_BACKBONE): w for k, w in weights.items() if k.startswith(_BACKBONE)}
+    return {k.removeprefix(BACKBONE): w for k, w in weights.items() if k.startswith(BACKBONE)}
 
 
 def carry_backbone(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl.errors import UsageError
-from unicl.towers.image import backbone_weights, carry_backbone
+from unicl.towers.image import BACKBONE, backbone_weights, carry_backbone
 from unicl.towers.text import deduplicate, trim
 
 _POSITIONS = "text.positional_embedding"
@@ -120,8 +120,8 @@ def carry_model(
         raise UsageError(f"{source} has no whole model's weights: it lacks image.backbone.*")
     image: Any = model.image
     backbone = carry_backbone(backbone, image.backbone, source=source)
-    carried = {k: w for k, w in weights.items() if not k.startswith("image.backbone.")}
-    carried |= {f"image.backbone.{k}": w for k, w in backbone.items()}
+    carried = {k: w for k, w in weights.items() if not k.startswith(BACKBONE)}
+    carried |= {BACKBONE + k: w for k, w in backbone.items()}
     old, new = carried.get(_POSITIONS), model.state_dict()[_POSITIONS].clone()
     if old is not None and old.shape[1:] == new.shape[1:]:
         kept = min(len(old), len(new))
