@@ -1,7 +1,6 @@
 """The same command under every launcher: one process, torchrun, deepspeed, srun."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -111,7 +110,7 @@ def torchrun(arguments):
 
 
 def deepspeed(arguments):
-    launcher = [sys.executable, shutil.which("deepspeed"), "--num_gpus", "2", "--module"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module"]
     return [run([*launcher, *arguments])]
 
 
