@@ -24,9 +24,9 @@ _MIB, _GIB = 2**20, 2**30
 _TEXT_LENGTH = 16
 _WARM_UP = 2  # from the second step on there are moments, and ZeRO 3 knows what to fetch next
 
-# 93M parameters, and rows so few and small that parameters are nearly all there is.
+# 152M parameters, and rows so few and small that parameters are nearly all there is.
 _FULL = {
-    "image_tower.model": "coswin_tiny",
+    "image_tower.model": "coswin_base",
     "image_tower.image_size": "64",
     "trainer.batch_size": "16",
     "trainer.chunk": "2",

@@ -7,7 +7,7 @@ from unicl.cli import main
 from unicl.config import EngineConfig, load_recipe, parse_recipe, recipe_names
 from unicl.errors import UsageError
 from unicl.plan import plan
-from unicl.plan.memory import BUCKET, Load, peak
+from unicl.plan.memory import BUCKET, LIVE_BUCKETS, Load, peak
 from unicl.plan.towers import Towers
 
 GIB = 2**30
@@ -139,9 +139,8 @@ def test_models_that_read_numbers_while_they_are_built_can_be_planned():
 
 
 def load(**changes):
-    sizes = (100_000_000, 50_000_000, 1000)
     given = {"ranks": 4, "chunks": 1, "activations": GIB, "loss": 0, "inputs": 0}
-    return Load(sizes=sizes, **{**given, **changes})
+    return Load(**{"groups": ((3_750_000,) * 40,), **given, **changes})
 
 
 def zero(stage, **settings):
@@ -149,24 +148,30 @@ def zero(stage, **settings):
 
 
 def test_each_stage_shares_out_what_it_says():
-    p = 4 * 150_001_000
+    p = 4 * 150_000_000
     ddp, *stages = (peak(load(), engine) for engine in (EngineConfig(), *map(zero, range(4))))
     assert (ddp.parameters, ddp.gradients, ddp.optimizer) == (p, p, 2 * p)
     assert stages[0].optimizer == 2 * p
-    assert [stage.optimizer for stage in stages[1:]] == [3 * p // 4, 3 * p // 4, p // 2]
+    assert [stage.optimizer for stage in stages[1:]] == [3 * p // 4] * 3
     assert stages[1].gradients >= p
     assert [stage.gradients for stage in stages[2:]] == [p // 4, p // 4]
     assert [stage.parameters == p for stage in stages] == [True, True, True, False]
 
 
 def test_the_gradient_cache_holds_the_whole_gradient_unless_chunks_are_reduced():
-    p = 4 * 150_001_000
+    p = 4 * 150_000_000
     several = load(chunks=4)
     assert peak(several, EngineConfig()).gradients == 2 * p
     assert peak(several, zero(2)).gradients >= p
     assert peak(several, zero(2, reduce_every="chunk")).gradients == p // 2
     assert peak(several, zero(3)).gradients == p + p // 4
     assert peak(several, zero(3, reduce_every="chunk")).gradients == p // 4
+
+
+def test_zero_1_and_2_keep_whole_gradients_of_parameters_that_ranks_share():
+    groups = ((60, 20), (10, 100, 10))  # of 20 and 30 elements per rank
+    assert load(groups=groups).touched == 4 * (60 + 110)
+    assert load(groups=groups, ranks=1).touched == load(groups=groups).whole
 
 
 def test_what_is_offloaded_leaves_the_device():
@@ -181,6 +186,7 @@ def test_what_is_offloaded_leaves_the_device():
 def test_buckets_are_those_of_the_engine():
     backend = pytest.importorskip("unicl.engine.deepspeed_backend")
     assert backend.BUCKET * 4 == BUCKET
+    assert backend.LIVE_BUCKETS == LIVE_BUCKETS
 
 
 def test_the_cheapest_change_makes_it_fit_and_is_said_as_flags():

@@ -38,9 +38,11 @@ from unicl.engine.optimizer import (
 )
 from unicl.engine.task import Task
 
-BUCKET = 2**25
-"""Elements of what is put together, reduced or fetched at a time. DeepSpeed's own buckets of 5e8
-are 2 GB in fp32, of which a reduction holds two: more than ZeRO saves on models of this size."""
+BUCKET = 2**23
+"""Elements of what is put together, reduced or fetched at a time: 32 MiB, near DDP's 25.
+DeepSpeed's own buckets of 5e8 are 2 GB in fp32: more than ZeRO saves on models of this size."""
+LIVE_BUCKETS = 4
+"""Buckets of parameters that ZeRO 3 holds whole before it stops to fetch more."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +347,7 @@ def _deepspeed_config(optimizer: OptimizerConfig, config: EngineConfig) -> dict[
         # By default parameters that are needed again within 1e9 elements stay whole: all of them.
         zero["stage3_max_reuse_distance"] = BUCKET
         zero["stage3_prefetch_bucket_size"] = BUCKET
-        zero["stage3_max_live_parameters"] = 4 * BUCKET
+        zero["stage3_max_live_parameters"] = LIVE_BUCKETS * BUCKET
     return {
         # The loader and the gradient cache decide how many samples a backward has.
         "train_micro_batch_size_per_gpu": 1,

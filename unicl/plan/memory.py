@@ -6,27 +6,35 @@ bytes of parameters on N ranks, and buckets of B bytes (what is copied together 
     held                      torch     ZeRO 0       ZeRO 1        ZeRO 2      ZeRO 3
     parameters                P         P            P             P           P/N and those in use
     moments                   2P        2P           2P/N          2P/N        2P/N
-    copy that is updated      -         -            P/N           P/N         -
-    gradients, one backward   P         P            P             2B + P/N    2B + P/N
-    during the reduction      -         P (at most   B + P/N       -           -
+    copy that is updated      -         -            P/N           P/N         P/N
+    gradients, one backward   P         P            P             B + L + K   B + L + P/N
+    during the reduction      -         P (at most   B + P + K     -           -
                                         2 GB)
-    during the update         -         -            2P/N          2P/N        P/N
+    during the update         -         -            P/N + K       P/N + K     P/N
+
+L is the largest parameter, which is exchanged outside of the buckets if it is larger than one. K is
+P/N rounded up to whole parameters: ZeRO 1 and 2 keep the whole gradient of every parameter of which
+a rank updates a part, so tables of embeddings weigh on all ranks that share them. ZeRO 3 fetches
+parameters until 4B are whole.
 
 Several backwards in a step (gradient cache) hold the whole gradient from one to the next, unless
-ZeRO 2 or 3 reduce after every chunk. DDP then holds it twice: in its buckets, and beside them.
-Measured on 4 CPU ranks (`python -m benchmarks zero_memory`), torch and ZeRO 0 and 1 are within 4%
-of this, ZeRO 2 took 19% more than foretold and ZeRO 3 53% more: leave room with those two.
+ZeRO 2 or 3 reduce after every chunk; ZeRO 2 then holds K twice, to add one to the other. DDP holds
+the whole gradient twice: in its buckets, and beside them. gloo copies what it gathers.
+`python -m benchmarks zero_memory` compares all this with what 4 CPU ranks take.
 ZeRO: Rajbhandari et al. 2020; the buffers are those of DeepSpeed's `stage_1_and_2.py`, `stage3.py`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from unicl.config import EngineConfig
 
 _FLOAT = 4
-BUCKET = 2**25 * _FLOAT
+BUCKET = 2**23 * _FLOAT
 """Bytes of a bucket, as `unicl.engine.deepspeed_backend` sets it; that one imports DeepSpeed."""
+LIVE_BUCKETS = 4
+"""Buckets of parameters that ZeRO 3 holds whole; that module's, too."""
 _FALLBACK_BUCKET = 500_000_000 * _FLOAT
 """Bytes that stage 0 reduces together; DeepSpeed has no setting for it."""
 
@@ -39,7 +47,7 @@ class Phase:
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
-    """Moments, and with ZeRO 1 and 2 the copy of this rank's part that is updated."""
+    """Moments, and with ZeRO 1 to 3 the copy of this rank's part that is updated."""
     activations: int = 0
     loss: int = 0
     inputs: int = 0
@@ -65,14 +73,21 @@ class Phase:
 class Load:
     """What the memory of a step depends on, besides the engine's settings; bytes but for counts."""
 
-    sizes: tuple[int, ...]
-    """Elements of each parameter."""
+    groups: tuple[tuple[int, ...], ...]
+    """Elements of each parameter, by the optimizer's groups and in their order."""
     ranks: int
     chunks: int
     activations: int
     loss: int
     inputs: int
     reserve: int = 0
+    gloo: bool = False
+    """Whether CPUs exchange; else NCCL does, in place."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each parameter."""
+        return list(itertools.chain.from_iterable(self.groups))
 
     @property
     def whole(self) -> int:
@@ -83,6 +98,19 @@ class Load:
     def part(self) -> int:
         """One rank's part of them."""
         return -(-self.whole // self.ranks)
+
+    @property
+    def touched(self) -> int:
+        """The parameters of which one rank updates a part, whole; of the rank that has most."""
+        found = [0] * self.ranks
+        for sizes in self.groups:
+            part = -(-sum(sizes) // self.ranks)
+            start = 0
+            for size in sizes:
+                for rank in range(start // part, (start + size - 1) // part + 1):
+                    found[rank] += size
+                start += size
+        return _FLOAT * max(found)
 
     @property
     def largest(self) -> int:
@@ -126,7 +154,7 @@ def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     bucket = min(load.whole, BUCKET)
     own = 3 * load.part
     state = {"parameters": load.whole, "optimizer": own}
-    kept = load.part  # of the gradient, once it is reduced
+    kept = load.touched  # of the gradient, once it is reduced
     if engine.offload_optimizer:
         # The reduced gradient goes to the host too, with a buffer of the updated parameters.
         state = {"parameters": load.whole, "optimizer": 0, "host": own + 2 * kept}
@@ -136,7 +164,7 @@ def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
             name="forward and backward",
             **state,
             gradients=kept * (2 if load.chunks > 1 else 1),
-            buffers=2 * max(bucket, load.largest),
+            buffers=bucket + load.largest,
             **_forward(load),
         )
     else:
@@ -148,15 +176,17 @@ def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
             **_forward(load),
         )
         yield Phase(name="reduction", **state, gradients=load.whole + kept, buffers=bucket)
-    yield Phase(name="update", **state, gradients=kept, buffers=kept)
+    yield Phase(name="update", **state, gradients=kept, buffers=min(kept, load.part))
 
 
 def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     bucket = min(load.whole, BUCKET)
     small = _FLOAT * sum(size for size in load.sizes if size < engine.persistence_threshold)
-    # In use: what is fetched ahead, and what is needed again before as much has passed by.
-    fetched = min(load.whole - small, max(load.largest, bucket) + bucket)
-    on_device = {"parameters": load.part, "optimizer": 2 * load.part, "gradients": load.part}
+    # More is fetched as long as less than this is whole, then copied out of what came together.
+    fetched = min(load.whole - small, LIVE_BUCKETS * bucket + load.largest) + bucket
+    if load.gloo:
+        fetched += max(bucket, load.largest)
+    on_device = {"parameters": load.part, "optimizer": 3 * load.part, "gradients": load.part}
     host = 0
     if engine.offload_optimizer:
         host += 4 * load.part
@@ -171,7 +201,7 @@ def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         parameters=on_device["parameters"] + small + fetched,
         gradients=kept + (0 if shared else load.whole),
         optimizer=on_device["optimizer"],
-        buffers=bucket + (max(bucket, load.largest) if shared else load.largest),
+        buffers=bucket + load.largest,
         host=host,
         **_forward(load),
     )

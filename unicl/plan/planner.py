@@ -128,7 +128,7 @@ def plan(
         gpu_memory=gpu_memory,
         peak_tflops=peak_tflops,
         text_length=text_length,
-        parameters=sum(towers.sizes),
+        parameters=sum(map(sum, towers.groups)),
         memory=own.memory,
         forward_flops=own.forward_flops,
         training_flops=own.training_flops,
@@ -168,7 +168,7 @@ class _Way:
         recipe, rows, at_once = self.recipe, self.rows, -(-self.rows // self.chunks)
         side, context = recipe.image_tower.image_size, recipe.text_tower.context_length
         load = Load(
-            sizes=tuple(self.towers.sizes),
+            groups=self.towers.groups,
             ranks=self.gpus,
             chunks=self.chunks,
             activations=sum(
@@ -178,6 +178,7 @@ class _Way:
             loss=_loss_bytes(recipe, rows),
             inputs=rows * (3 * side * side + 8 * context),
             reserve=self.reserve,
+            gloo=self.towers.device == "cpu",
         )
         return peak(load, recipe.engine)
 

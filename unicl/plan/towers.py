@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl.build import build_model
 from unicl.config import Recipe
+from unicl.engine.optimizer import parameter_groups
 from unicl.errors import UsageError
 from unicl.towers.two_tower import TwoTower
 
@@ -65,12 +66,13 @@ class Towers:
     """
 
     def __init__(self, recipe: Recipe, *, device: str, precision: str, text_length: int) -> None:
-        self._recipe, self._device, self._precision = recipe, device, precision
+        self._recipe, self.device, self._precision = recipe, device, precision
         self._text_length = text_length
         self._mode = FakeTensorMode()
         self._model = _build(recipe, self._mode, device)
         self._found: dict[tuple[str, bool], TowerCost] = {}
-        self.sizes = [p.numel() for p in self._model.parameters() if p.requires_grad]
+        groups = parameter_groups(self._model, recipe.optimizer)
+        self.groups = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
 
     def cost(self, tower: str, *, checkpointing: bool) -> TowerCost:
         """Measure "image" or "text"; a second call is free."""
@@ -115,16 +117,16 @@ class Towers:
     def _run(self, tower: str, rows: int) -> Tensor:
         if tower == "image":
             side = self._recipe.image_tower.image_size
-            images = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=self._device)
+            images = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=self.device)
             return self._model.encode_image(images)
-        tokens = torch.zeros(rows, self._text_length, dtype=torch.int64, device=self._device)
+        tokens = torch.zeros(rows, self._text_length, dtype=torch.int64, device=self.device)
         # The economies look at values, which there are none of.
         return self._model.encode_text(tokens, economies=False)
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
-        with self._mode, _autocast(self._precision, self._device):
-            if self._device == "cpu":
+        with self._mode, _autocast(self._precision, self.device):
+            if self.device == "cpu":
                 yield
             else:
                 with _FusedAttention():
