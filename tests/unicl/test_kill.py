@@ -62,7 +62,7 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
 
     generator = random.Random(20)
     kills = 0
-    for _ in range(30):
+    while kills < KILLS:
         process = start(tmp_path / "cut", keys)
         # Wait for the first sign of training, so that the kills hit training and not imports.
         for line in process.stderr:
@@ -80,7 +80,7 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
     assert last.wait(timeout=120) == 0, last.stderr.read()
     last.stderr.close()
 
-    assert kills >= 2
+    assert kills >= 2  # more may not fit into the run
     one, other = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
     assert one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)

@@ -60,8 +60,7 @@ def test_flops_are_those_of_the_table(name, image_size, window, gmac):
     settings = {"model": name, "image_size": str(image_size), "window_size": str(window)}
     recipe = nano(**{f"image_tower__{key}": value for key, value in settings.items()})
     for device in ("cuda", "cpu"):
-        cost = towers(recipe, device=device).cost("image", checkpointing=False)
-        assert cost.flops == pytest.approx(2e9 * gmac, rel=0.02)
+        assert towers(recipe, device=device).flops("image") == pytest.approx(2e9 * gmac, rel=0.02)
 
 
 def test_florence_fits_its_gpus(florence):
@@ -70,7 +69,7 @@ def test_florence_fits_its_gpus(florence):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "demo"])
+@pytest.mark.parametrize("name", sorted({*recipe_names()} - {"demo", "florence_stage1"}))
 def test_a_shipped_recipe_fits_as_it_is(name):
     recipe = load_recipe(name)
     foretold = plan(recipe, gpus=512 if name.startswith("florence") else 8, gpu_memory=40)
@@ -103,29 +102,31 @@ def test_activations_are_what_a_real_forward_keeps(tower, precision):
         else:
             out = model.encode_text(torch.ones(rows, 16, dtype=torch.int64), economies=False)
     assert out.requires_grad
-    cost = towers(recipe, precision=precision).cost(tower, checkpointing=False)
+    memory = towers(recipe, precision=precision).memory(tower, checkpointing=False)
     # Foretold is besides what backward works with: a gradient of the largest activation.
-    room = cost.activations(rows) - sum(saved.values())
+    room = memory.activations(rows) - sum(saved.values())
     assert -0.01 * sum(saved.values()) <= room <= 1.3 * max(saved.values())
 
 
 def test_activations_grow_with_rows_and_shrink_with_checkpointing():
     recipe = nano(image_tower__model="coswin_tiny", image_tower__image_size="224")
     found = towers(recipe, device="cuda", precision="bf16")
-    kept, recomputed = (found.cost("image", checkpointing=on) for on in (False, True))
+    kept, recomputed = (found.memory("image", checkpointing=on) for on in (False, True))
     assert recomputed.per_row < 0.5 * kept.per_row
-    assert recomputed.flops == kept.flops
     # Half-precision copies of the weights are kept for backward, whatever the rows.
     weights = 2 * sum(p.numel() for p in build_model(recipe).image.parameters() if p.ndim > 1)
     assert kept.fixed == pytest.approx(weights, rel=0.1)
-    assert found.cost("image", checkpointing=False) is kept
+    assert found.memory("image", checkpointing=False) is kept
 
 
 def test_a_gpu_keeps_no_matrix_of_attention():
     recipe = nano(text_tower__context_length="1024")
     lengths = 256, 1024
     fused, explicit = (
-        [towers(recipe, device=d, text_length=n).cost("text", checkpointing=False) for n in lengths]
+        [
+            towers(recipe, device=d, text_length=n).memory("text", checkpointing=False)
+            for n in lengths
+        ]
         for d in ("cuda", "cpu")
     )
     assert fused[1].per_row < 4.5 * fused[0].per_row
@@ -134,8 +135,8 @@ def test_a_gpu_keeps_no_matrix_of_attention():
 
 def test_models_that_read_numbers_while_they_are_built_can_be_planned():
     recipe = nano(image_tower__model="vit_tiny_patch16_224", image_tower__image_size="224")
-    cost = towers(recipe, device="cuda", precision="bf16").cost("image", checkpointing=False)
-    assert cost.flops == pytest.approx(2 * 1.26e9, rel=0.03)
+    found = towers(recipe, device="cuda", precision="bf16")
+    assert found.flops("image") == pytest.approx(2 * 1.26e9, rel=0.03)
 
 
 def load(**changes):

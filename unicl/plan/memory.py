@@ -24,6 +24,7 @@ the whole gradient twice: in its buckets, and beside them. gloo copies what it g
 ZeRO: Rajbhandari et al. 2020; the buffers are those of DeepSpeed's `stage_1_and_2.py`, `stage3.py`.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -102,15 +103,7 @@ class Load:
     @property
     def touched(self) -> int:
         """The parameters of which one rank updates a part, whole; of the rank that has most."""
-        found = [0] * self.ranks
-        for sizes in self.groups:
-            part = -(-sum(sizes) // self.ranks)
-            start = 0
-            for size in sizes:
-                for rank in range(start // part, (start + size - 1) // part + 1):
-                    found[rank] += size
-                start += size
-        return _FLOAT * max(found)
+        return _FLOAT * _touched(self.groups, self.ranks)
 
     @property
     def largest(self) -> int:
@@ -213,6 +206,19 @@ def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         buffers=bucket + kept,
         host=host,
     )
+
+
+@functools.cache
+def _touched(groups: tuple[tuple[int, ...], ...], ranks: int) -> int:
+    found = [0] * ranks
+    for sizes in groups:
+        part = -(-sum(sizes) // ranks)
+        start = 0
+        for size in sizes:
+            for rank in range(start // part, (start + size - 1) // part + 1):
+                found[rank] += size
+            start += size
+    return max(found)
 
 
 def _forward(load: Load) -> dict[str, int]:

@@ -172,7 +172,7 @@ class _Way:
             ranks=self.gpus,
             chunks=self.chunks,
             activations=sum(
-                self.towers.cost(tower, checkpointing=on).activations(at_once)
+                self.towers.memory(tower, checkpointing=on).activations(at_once)
                 for tower, on in self.checkpointing.items()
             ),
             loss=_loss_bytes(recipe, rows),
@@ -184,12 +184,12 @@ class _Way:
 
     @property
     def forward_flops(self) -> int:
-        return sum(self._flops(tower) for tower in self.checkpointing)
+        return sum(self.towers.flops(tower) for tower in self.checkpointing)
 
     @property
     def training_flops(self) -> int:
         """Backward takes twice a forward; the gradient cache and checkpointing take one more."""
-        again = sum(self._flops(tower) for tower, on in self.checkpointing.items() if on)
+        again = sum(self.towers.flops(tower) for tower, on in self.checkpointing.items() if on)
         return (3 + (self.chunks > 1)) * self.forward_flops + again
 
     @property
@@ -203,9 +203,6 @@ class _Way:
                 cost *= _EXCHANGE_PER_CHUNK
         cost *= _OFFLOAD_OPTIMIZER_COST if engine.offload_optimizer else 1
         return cost * (_OFFLOAD_PARAMETERS_COST if engine.offload_parameters else 1)
-
-    def _flops(self, tower: str) -> int:
-        return self.towers.cost(tower, checkpointing=self.checkpointing[tower]).flops
 
     def others(self) -> Iterator["_Way"]:
         """Yield this way with whatever saves memory and is not done yet."""

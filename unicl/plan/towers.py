@@ -37,15 +37,13 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class TowerCost:
-    """What a forward and backward of one tower takes, as a function of its rows."""
+class TowerMemory:
+    """What a forward and backward of one tower holds, as a function of its rows."""
 
     fixed: int
     """Bytes alive when backward begins, whatever the rows: half-precision copies of weights."""
     per_row: int
     """Bytes that one row adds to it: activations, and what backward needs to work with them."""
-    flops: int
-    """Operations of one row's forward; a multiplication and an addition are two."""
 
     def activations(self, rows: int) -> int:
         """Return the bytes that are alive beside parameters and gradients."""
@@ -70,16 +68,25 @@ class Towers:
         self._text_length = text_length
         self._mode = FakeTensorMode()
         self._model = _build(recipe, self._mode, device)
-        self._found: dict[tuple[str, bool], TowerCost] = {}
+        self._memory: dict[tuple[str, bool], TowerMemory] = {}
+        self._flops: dict[str, int] = {}
         groups = parameter_groups(self._model, recipe.optimizer)
         self.groups = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
 
-    def cost(self, tower: str, *, checkpointing: bool) -> TowerCost:
+    def memory(self, tower: str, *, checkpointing: bool) -> TowerMemory:
         """Measure "image" or "text"; a second call is free."""
         key = tower, checkpointing
-        if key not in self._found:
-            self._found[key] = self._measure(tower, checkpointing)
-        return self._found[key]
+        if key not in self._memory:
+            self._memory[key] = self._measure(tower, checkpointing)
+        return self._memory[key]
+
+    def flops(self, tower: str) -> int:
+        """Return the operations of one row's forward; a product and a sum are two."""
+        if tower not in self._flops:
+            with torch.no_grad(), self._modes(), FlopCounterMode(display=False) as counter:
+                self._run(tower, 1)
+            self._flops[tower] = int(counter.get_total_flops())
+        return self._flops[tower]
 
     def can_checkpoint(self, tower: str) -> bool:
         """Say whether the tower knows how to recompute its activations."""
@@ -89,13 +96,13 @@ class Towers:
             return False
         return True
 
-    def _measure(self, tower: str, checkpointing: bool) -> TowerCost:
+    def _measure(self, tower: str, checkpointing: bool) -> TowerMemory:
         module = getattr(self._model, tower)
         if self.can_checkpoint(tower):
             module.set_grad_checkpointing(checkpointing)
         few, more = (self._bytes(tower, rows, checkpointing) for rows in (_FEW, _MORE))
         per_row = (more - few) // (_MORE - _FEW)
-        return TowerCost(max(0, few - _FEW * per_row), per_row, self._flops(tower))
+        return TowerMemory(max(0, few - _FEW * per_row), per_row)
 
     def _bytes(self, tower: str, rows: int, checkpointing: bool) -> int:
         with self._modes(), _Held(self._model) as held:
@@ -108,11 +115,6 @@ class Towers:
                 self._run(tower, rows)
             total += max(regions, default=0)
         return total
-
-    def _flops(self, tower: str) -> int:
-        with torch.no_grad(), self._modes(), FlopCounterMode(display=False) as counter:
-            self._run(tower, 1)
-        return int(counter.get_total_flops())
 
     def _run(self, tower: str, rows: int) -> Tensor:
         if tower == "image":
