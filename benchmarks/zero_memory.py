@@ -19,7 +19,6 @@ from unicl.engine.gradient_cache import backward, num_chunks
 from unicl.plan import Plan, plan
 from unicl.pretraining import Pretraining
 
-_RANKS = 4
 _MIB, _GIB = 2**20, 2**30
 _TEXT_LENGTH = 16
 _WARM_UP = 2  # from the second step on there are moments, and ZeRO 3 knows what to fetch next
@@ -59,8 +58,8 @@ class _Batch:
 
 def measure(*, quick: bool) -> Result:
     """One step on 4 ranks of one thread each, under each backend and stage."""
-    sizes = _QUICK if quick else _FULL
-    rows = {name: _row(name, {**sizes, **case}) for name, case in _CASES.items()}
+    sizes, ranks = (_QUICK, 2) if quick else (_FULL, 4)
+    rows = {name: _row(ranks, name, {**sizes, **case}) for name, case in _CASES.items()}
     errors = {name: abs(row["predicted"] / row["measured"] - 1) for name, row in rows.items()}
     worst = max(errors, key=lambda name: errors[name])
     stages = [rows[f"ZeRO {stage}"]["measured"] for stage in range(4)]
@@ -86,7 +85,7 @@ def measure(*, quick: bool) -> Result:
         ],
         tables={"Peak memory of a step per rank in MiB": list(rows.values())},
         facts={
-            "ranks": _RANKS,
+            "ranks": ranks,
             "parameters": sum(p.numel() for p in build_model(recipe).parameters()),
             "batch_size": recipe.trainer.batch_size,
             "chunk": recipe.trainer.chunk,
@@ -95,9 +94,9 @@ def measure(*, quick: bool) -> Result:
     )
 
 
-def _row(name: str, overrides: Mapping[str, str]) -> dict[str, Any]:
-    foretold = plan_of(overrides)
-    held = on_ranks(_RANKS, "benchmarks.zero_memory:measure_rank", overrides=overrides)
+def _row(ranks: int, name: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+    foretold = plan_of(ranks, overrides)
+    held = on_ranks(ranks, "benchmarks.zero_memory:measure_rank", overrides=overrides)
     measured = [rank["peak"] - rank["imports"] for rank in held]
     phase = foretold.memory
     return {
@@ -114,11 +113,11 @@ def _row(name: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def plan_of(overrides: Mapping[str, str]) -> Plan:
-    """Plan the recipe for this benchmark's ranks, on CPUs."""
+def plan_of(ranks: int, overrides: Mapping[str, str]) -> Plan:
+    """Plan the recipe for CPUs."""
     return plan(
         _recipe(overrides),
-        gpus=_RANKS,
+        gpus=ranks,
         gpu_memory=64,
         text_length=_TEXT_LENGTH,
         device="cpu",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
@@ -128,23 +129,23 @@ def srun(arguments):
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
-def test_every_launcher_trains_the_same_run(tmp_path, backend):
+def test_every_launcher_trains_the_same_run(tmp_path):
     (tmp_path / "any.toml").write_text("")
     recipe = {
         **small_recipe(write_corpus(tmp_path / "train")),
         "trainer.steps": "3",
-        "engine.backend": backend,
+        "trainer.precision": "fp32",
     }
-    if backend == "torch":
-        recipe["trainer.log_every"] = "1"
     weights = []
     for launcher in (torchrun, deepspeed, srun):
         out = tmp_path / launcher.__name__
-        processes = launcher(words(recipe, out))
+        backend = "deepspeed" if launcher is deepspeed else "torch"
+        processes = launcher(words({**recipe, "engine.backend": backend}, out))
         outputs = [process.communicate(timeout=300)[0] for process in processes]
         assert not any(process.returncode for process in processes), outputs
         assert sum(output.count("finished at step 3") for output in outputs) == 1
         weights.append(load_file(out / "checkpoints" / "step-00000003" / "model.safetensors"))
-    for other in weights[1:]:
-        assert all(weights[0][name].equal(other[name]) for name in other)
+    ddp, zero, again = weights
+    assert all(ddp[name].equal(again[name]) for name in ddp)
+    # ZeRO sums in another order, and the first steps of AdamW magnify rounding.
+    assert all(torch.allclose(ddp[name], zero[name], atol=2e-3) for name in ddp)
