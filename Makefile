@@ -17,8 +17,7 @@ test: $(VENV)/installed-dev ## lint, type-check and run the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not ranks"
-	$(ONE_THREAD) $(BIN)/python -m pytest -m ranks
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/installed-dev ## the tests that take less than ten seconds each
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -61,7 +61,6 @@ def test_gradient_cache(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_distributed(tmp_path):
     record = run_quick("distributed", tmp_path)
     (curve,) = record["tables"].values()
@@ -70,11 +69,10 @@ def test_distributed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_zero_memory(tmp_path):
     record = run_quick("zero_memory", tmp_path)
     (rows,) = record["tables"].values()
-    assert [row["engine"] for row in rows] == ["torch", *(f"ZeRO {stage}" for stage in range(4))]
+    assert [row["engine"] for row in rows] == ["torch", "ZeRO 1", "ZeRO 3"]
     assert all(row["measured"] > row["parameters"] > 0 for row in rows)
 
 

@@ -60,7 +60,6 @@ class Batch:
         self.images, self.tokens, self.labels = images, tokens, labels
 
 
-@pytest.mark.ranks
 @pytest.mark.slow
 def test_compiled_towers_have_the_true_gradients():
     on_ranks(2, check_gradients)

@@ -19,7 +19,6 @@ SHARES = {
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_ranks_change_neither_loss_nor_gradients():
     on_ranks(4, compare_with_the_whole_batch)
 

@@ -32,7 +32,6 @@ def keys(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_another_topology_goes_on_with_the_same_samples(tmp_path, keys):
     # Stochastic depth draws per rank and chunk.
     keys = {**keys, "image_tower.drop_path_rate": "0"}
@@ -75,7 +74,6 @@ ENGINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_the_same_topology_goes_on_bit_for_bit(tmp_path, keys):
     on_ranks(2, train_whole_and_cut, tmp_path, {**keys, "trainer.steps": "5"})
     for name in ENGINES:

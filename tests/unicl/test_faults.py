@@ -43,7 +43,6 @@ def weights(folder, step=STEPS):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_faults_of_one_rank(tmp_path, keys):
     """All in one start of the ranks, which takes longer than what is tested."""
     on_ranks(2, everything, tmp_path, keys)

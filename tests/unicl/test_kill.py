@@ -15,7 +15,7 @@ from tests.unicl.corpus import small_recipe, write_corpus
 from tests.unicl.history import untimed
 
 STEPS = 40
-RANK_STEPS = 250
+RANK_STEPS = 120
 KILLS = int(os.environ.get("UNICL_KILLS", "3"))  # a restart takes eight seconds on two cores
 # Detecting the death, ending the other rank, starting both again, and the first steps.
 RESTART_SECONDS = 60
@@ -88,7 +88,6 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_killed_ranks_end_as_if_undisturbed(tmp_path):
     """SIGKILL of a random rank at a random moment; torchrun starts both again."""
     (tmp_path / "kill.toml").write_text("")

@@ -128,7 +128,6 @@ def srun(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_every_launcher_trains_the_same_run(tmp_path):
     (tmp_path / "any.toml").write_text("")
     recipe = {

@@ -32,7 +32,6 @@ def test_similarities_are_those_of_the_dense_matrix():
     check_similarities([7], ALONE)
 
 
-@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [[4, 3], [0, 5]])
 def test_similarities_are_those_of_the_whole_batch(shares):

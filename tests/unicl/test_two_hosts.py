@@ -96,7 +96,6 @@ def both_are_at_work(run):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_a_host_that_is_cut_off_costs_no_sample(tmp_path):
     keys = {
         **small_recipe(write_corpus(tmp_path / "train")),

@@ -23,7 +23,6 @@ def command(*words, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 def test_every_mode_of_two_ranks_is_right():
     engines = "torch,zero1,zero3/chunk"
     done = command("demo", "--slim", "--samples-per-rank", "3", "--engines", engines, ranks=2)

@@ -146,7 +146,6 @@ def check_backends(folder):
             assert not torch.equal(moved[name], average[name])
 
 
-@pytest.mark.ranks
 @pytest.mark.slow
 def test_every_backend_averages_alike_and_loads_what_another_saved():
     with TemporaryDirectory() as folder:

@@ -150,7 +150,6 @@ def check_all():
 
 
 @pytest.mark.slow
-@pytest.mark.ranks
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_way_to_run_gives_the_true_gradient(size):
     on_ranks(size, check_all)

@@ -53,7 +53,6 @@ def check_backend(kind, locked):
         assert changed == free - {IDLE}, (kind, locked, changed ^ free)
 
 
-@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_locked_tower_changes_no_other_gradient_and_is_saved():
     on_ranks(2, check_all)

@@ -114,7 +114,6 @@ def build_rated(kind, task, ranks, rates):
     return DeepSpeedBackend(task, rates, ranks, engine)
 
 
-@pytest.mark.ranks
 @pytest.mark.slow
 def test_every_backend_follows_the_rates():
     on_ranks(2, check_rates, ("torch", 2, 3))
