@@ -7,7 +7,7 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
 # Two minutes before the limit, or when the job is preempted, every rank gets SIGUSR1 or SIGTERM,
-# saves at the next step and ends; the job is then queued again and goes on from there.
+# saves at the next step and ends with 130; the job is then queued again and goes on from there.
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -17,11 +17,13 @@ set -uo pipefail
 recipe=${1:?give a recipe: a shipped name or a .toml file}
 export OMP_NUM_THREADS=1  # loader workers and ranks are processes already
 
-# A rank that dies takes its step with it: without this the others would wait for their timeout.
+# Ranks that save end one after the other: none of them may take the others with it at once, but
+# those that are left a minute after the first one wait for a dead rank.
 # The run's folder must be on a file system that all nodes share.
-srun --kill-on-bad-exit=1 unicl train "$recipe" --out "runs/$SLURM_JOB_NAME" "${@:2}" &
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" \
+    unicl train "$recipe" --out "runs/$SLURM_JOB_NAME" "${@:2}" &
 step=$!
-# The shell gets the signals too; srun has passed them on by itself.
+# A preempted job's shell gets SIGTERM beside its ranks, and must outlive them to queue it again.
 trap 'true' USR1 TERM
 while true; do
     wait "$step"

@@ -167,13 +167,19 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
 
     Args:
         device: Where this rank computes: CPUs talk over gloo, GPUs over NCCL.
-        timeout_seconds: A rank that hears nothing for so long raises instead of waiting on.
+        timeout_seconds: A rank that hears nothing for so long does not wait on: over gloo it
+            raises, over NCCL torch's watchdog ends the process.
         alone: Whether a single process may do without a process group.
 
     Raises:
         UniclError: The other ranks cannot be reached.
     """
     launch = find_launch()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for no device by name takes the current one
+    if int(os.environ.get("LOCAL_SIZE", "1")) > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # As torchrun has it; the deepspeed launcher takes no such variable to other hosts.
+        torch.set_num_threads(1)
     if dist.is_initialized():
         yield Ranks(dist.group.WORLD)
         return
@@ -245,13 +251,14 @@ def _fresh_store(launch: Launch, timeout: timedelta) -> dist.Store:
         for rank in range(1, launch.size):
             own.set(f"answer/{own.get(f'greeting/{rank}').decode()}", "")
         return own
+    # One greeting for all attempts: rank 0 may have read it and answer when this rank has gone on.
+    nonce = uuid.uuid4().hex
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         host, port = shared.get(key).decode().split()
         with contextlib.suppress(OSError, RuntimeError):
             socket.create_connection((host, int(port)), timeout=2).close()
             store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-            nonce = uuid.uuid4().hex
             store.set(f"greeting/{launch.rank}", nonce)
             store.wait([f"answer/{nonce}"], timedelta(seconds=10))
             return store
@@ -319,7 +326,7 @@ def first_host(hosts: str) -> str:
 
 def _port(job: int) -> int:
     """Choose a port: jobs that share a host get different ones, all ranks of a job the same."""
-    return 20_000 + job % 20_000
+    return 10_000 + job % 20_000  # below those that the system gives to connections
 
 
 def local_rank() -> int:

@@ -185,17 +185,21 @@ def _verdicts(
 
 
 def _engines(config: EngineConfig) -> dict[str, EngineConfig]:
-    """Return the engines to verify by name; where moments lie does not touch gradients."""
+    """Return the engines to verify by name, with what the recipe offloads where it can be."""
     plain = replace(config, offload_optimizer=False, offload_parameters=False, reduce_every="step")
     deepspeed = replace(plain, backend="deepspeed")
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     engines = {"torch": replace(plain, backend="torch")}
     for stage in stages:
-        engines[f"zero{stage}"] = replace(deepspeed, zero_stage=stage)
+        engine = replace(
+            deepspeed,
+            zero_stage=stage,
+            offload_optimizer=config.offload_optimizer and stage > 0,
+            offload_parameters=config.offload_parameters and stage == 3,
+        )
+        engines[f"zero{stage}"] = engine
         if stage > 0:
-            engines[f"zero{stage}/chunk"] = replace(
-                deepspeed, zero_stage=stage, reduce_every="chunk"
-            )
+            engines[f"zero{stage}/chunk"] = replace(engine, reduce_every="chunk")
     return engines
 
 

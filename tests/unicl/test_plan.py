@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -140,7 +142,8 @@ def test_models_that_read_numbers_while_they_are_built_can_be_planned():
 
 
 def load(**changes):
-    given = {"ranks": 4, "chunks": 1, "activations": GIB, "loss": 0, "inputs": 0}
+    given = {"ranks": 4, "chunks": 1, "moments": 2, "frozen": 0}
+    given |= {"activations": GIB, "loss": 0, "inputs": 0}
     return Load(**{"groups": ((3_750_000,) * 40,), **given, **changes})
 
 
@@ -173,6 +176,27 @@ def test_zero_1_and_2_keep_whole_gradients_of_parameters_that_ranks_share():
     groups = ((60, 20), (10, 100, 10))  # of 20 and 30 elements per rank
     assert load(groups=groups).touched == 4 * (60 + 110)
     assert load(groups=groups, ranks=1).touched == load(groups=groups).whole
+
+
+def test_averages_are_kept_like_moments_and_copied_for_an_evaluation():
+    p = 4 * 150_000_000
+    averaged = load(moments=3)
+    for engine, optimizer in ((EngineConfig(), 3 * p), (zero(1), p), (zero(3), p)):
+        assert peak(averaged, engine).optimizer == optimizer
+    idle = replace(averaged, activations=0)
+    assert peak(idle, zero(3)).name == "evaluation"
+    assert peak(idle, zero(3)).buffers >= p
+
+
+def test_a_locked_tower_has_no_gradient_no_moments_and_no_backward():
+    whole, locked = (
+        plan(nano(text_tower__locked=on, weights="runs/one"), gpus=2, gpu_memory=40, text_length=16)
+        for on in ("false", "true")
+    )
+    assert locked.memory.optimizer == 2 * locked.memory.gradients < whole.memory.optimizer
+    assert locked.memory.parameters == whole.memory.parameters
+    assert locked.memory.activations < whole.memory.activations
+    assert locked.forward_flops < locked.training_flops < whole.training_flops
 
 
 def test_what_is_offloaded_leaves_the_device():

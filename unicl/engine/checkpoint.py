@@ -115,7 +115,8 @@ def newest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Path | None:
     (found,) = ranks.gather_objects(checkpoints(folder) if ranks.first else None)[:1]
     for path in reversed(found or []):
         # The ranks share the reading: each one looks at some of the files.
-        why = [each for each in ranks.gather_objects(_damage_of(path, ranks)) if each]
+        found_here = ranks.together(partial(_damage_of, path, ranks))
+        why = [each for each in ranks.gather_objects(found_here) if each]
         if why:
             damaged.append((path, why[0]))
             continue
@@ -258,6 +259,12 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep: set[int]) -> None:
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run has left: checkpoints half written or half removed."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _share(sizes: Mapping[str, int], ranks: Ranks) -> set[str]:

@@ -128,6 +128,7 @@ class DeepSpeedBackend:
         return self._norms(self._own_weight)
 
     def _norms(self, own: Callable[[str], Tensor | None]) -> dict[str, float]:
+        self._wait_for_copies()
         pieces = ((name, t) for name in self._parameters if (t := own(name)) is not None)
         squares = sums_of_squares(self._towers, pieces, self._device)
         if self._stage > 0:
@@ -152,6 +153,10 @@ class DeepSpeedBackend:
         self._optimizer.zero_grad(set_to_none=True)
         if self._config.offload_optimizer:
             self._optimizer.reset_cpu_buffers()
+            if self._stage < 3:
+                # Its own zero_grad leaves these, and the next backward would add to this gradient.
+                self._optimizer.micro_step_id = -1
+                self._optimizer._offload_accumulated_param_ids = set()
         elif self._stage == 3:
             self._optimizer.averaged_gradients = {}
         else:
@@ -161,16 +166,22 @@ class DeepSpeedBackend:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter's name and whole gradient, put together from the ranks' pieces."""
+        self._wait_for_copies()
         for name, gradient in self._whole(self._own_gradient):
             yield name, gradient / self.loss_scale
 
     def weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
         """Return the model's whole state dict on the CPU, on the first rank."""
         found: dict[str, Tensor] = {}
-        with self._gathered():
+        model = self.encoder.model
+        state = dict(model.state_dict())
+        for names in self._gathered(model):
             if self.ranks.first:
-                state = self.encoder.model.state_dict()
-                found = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
+                # What is whole only for now is taken again from the parameters' new data.
+                state |= {name: model.get_parameter(name).detach() for name in names}
+                found |= {name: state.pop(name).cpu().contiguous().clone() for name in names}
+        if self.ranks.first:
+            found |= {name: buffer.cpu().contiguous().clone() for name, buffer in state.items()}
         for name, average in self._averages() if averaged else ():
             if self.ranks.first:
                 found[name] = average.cpu().contiguous()
@@ -219,10 +230,10 @@ class DeepSpeedBackend:
         buffers = dict(model.named_buffers())
         for name, buffer in replica.named_buffers():
             buffer.copy_(buffers[name])
-        with self._gathered():
-            for own, parameter in zip(replica.parameters(), model.parameters(), strict=True):
-                own.data.copy_(parameter.data)
         own_parameters = dict(replica.named_parameters())
+        for names in self._gathered(model):
+            for name in names:
+                own_parameters[name].data.copy_(model.get_parameter(name).data)
         for name, average in self._averages():
             own_parameters[name].data.copy_(average)
         yield replica
@@ -231,12 +242,22 @@ class DeepSpeedBackend:
         if AVERAGE in self.kinds and self._updates > 0:
             yield from self._whole(partial(self._own_moment, AVERAGE))
 
-    def _gathered(self) -> AbstractContextManager[object]:
+    def _gathered(self, model: nn.Module) -> Iterator[list[str]]:
+        """Yield names of parameters; while one has them, these are whole, as far as ZeRO 3 cut."""
+        parameters: dict[str, Any] = dict(model.named_parameters())
         if self._stage < 3:
-            return nullcontext()
+            yield list(parameters)
+            return
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.encoder.model.parameters()))
+        for names in _buckets({name: p.ds_numel for name, p in parameters.items()}):
+            with deepspeed.zero.GatheredParameters([parameters[name] for name in names]):
+                yield names
+
+    def _wait_for_copies(self) -> None:
+        """Let what goes to the host arrive there before it is read."""
+        if self._config.offload_optimizer and self._stage in (1, 2):
+            self._optimizer._wait_for_offload_copies()
 
     @property
     def _states(self) -> dict[Tensor, dict[str, Any]]:

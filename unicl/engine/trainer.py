@@ -13,7 +13,6 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from unicl.config import TrainerConfig
 from unicl.data.order import mix
@@ -27,6 +26,7 @@ from unicl.engine.checkpoint import (
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    sweep,
 )
 from unicl.engine.gradient_cache import backward, num_chunks
 from unicl.engine.interruption import Interruption, catch_interruption
@@ -172,7 +172,7 @@ class Trainer:
             if any(signals):
                 self.interrupt(max(signals))
             if any(failed):
-                self.ranks.check(error)
+                self._fail_together(error)
             if any(skipped):
                 for reasons in self.ranks.gather_objects(batch.skipped):
                     self.skipped.update(reasons)
@@ -197,17 +197,19 @@ class Trainer:
         loss, metrics = backward(self.task, self.backend, inputs, chunks=chunks, seed=seed)
         norms = self.backend.gradient_norms()
         norm = math.hypot(*norms.values())
-        if math.isfinite(float(loss)) and math.isfinite(norm):
+        # Read before the update is queued: the next batch is made ready while it runs.
+        found = {"loss": float(loss), **{name: float(value) for name, value in metrics.items()}}
+        if math.isfinite(found["loss"]) and math.isfinite(norm):
             self.backend.step(rate, norm=norm)
             self.updates += 1
             self.loss_scale.grow()
             norms = {f"grad_norm/{tower}": value for tower, value in norms.items()}
-            self._note({"loss": loss, "grad_norm": norm, "learning_rate": rate, **norms, **metrics})
+            self._note({"grad_norm": norm, "learning_rate": rate, **norms, **found})
         else:
             self.backend.drop()
-            overflow = math.isfinite(float(loss)) and self.precision == "fp16"
+            overflow = math.isfinite(found["loss"]) and self.precision == "fp16"
             if not (overflow and self.loss_scale.shrink()):
-                self._count_nonfinite(batch, float(loss), norms)
+                self._count_nonfinite(batch, found["loss"], norms)
         self.step += 1
 
     def report(self) -> None:
@@ -231,7 +233,7 @@ class Trainer:
         self.evaluation = {}
         try:
             self.evaluation = self._evaluated()
-        except UniclError:
+        except Exception:
             self.save()  # A mistake in the evaluation must not cost the steps until here.
             raise
         self.log.write(self.step, self.evaluation)
@@ -273,14 +275,16 @@ class Trainer:
 
     def resume(self) -> None:
         """Make the backend, from the newest whole checkpoint of the run's folder if there is."""
-        path = newest_checkpoint(self.folder / "checkpoints", self.ranks)
+        folder = self.folder / "checkpoints"
+        self.ranks.together(lambda: sweep(folder) if self.ranks.first else None)
+        path = newest_checkpoint(folder, self.ranks)
         if path is None:
             self.backend = self._make_backend()
             return
-        load_weights(path / "model.safetensors", self.task.model)
+        self.ranks.together(lambda: load_weights(path / "model.safetensors", self.task.model))
         self.backend = self._make_backend()
-        state = load_state(path)
-        load_moments(path, self.backend, updates=state["updates"])
+        state = self.ranks.together(lambda: load_state(path))
+        self.ranks.together(lambda: load_moments(path, self.backend, updates=state["updates"]))
         self.step = state["step"]
         self.updates = state["updates"]
         self.consumed = state["consumed"]
@@ -310,7 +314,17 @@ class Trainer:
     def _run(self) -> Run:
         return Run(path=self.folder, step=self.step, metrics=self.evaluation)
 
-    def _note(self, values: Mapping[str, float | Tensor]) -> None:
+    def _fail_together(self, error: Exception | None) -> NoReturn:
+        """Say what one of the ranks cannot read, save, and end the run."""
+        try:
+            self.ranks.check(error)
+        except Exception as reason:
+            logger.warning("%s; saving at step %d", reason, self.step)
+            self.save()
+            raise
+        raise AssertionError("no rank has an error")
+
+    def _note(self, values: Mapping[str, float]) -> None:
         self.means.add({f"train/{name}": value for name, value in values.items()})
 
     def _due(self, every: int | None) -> bool:
@@ -330,7 +344,8 @@ class Trainer:
             self.backend.drop()
 
         if self.device.type == "cuda":
-            self.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.precision = "bf16" if native else "fp16"
         elif self.ranks.size > 1:
             self.precision = "fp32"
         else:

@@ -5,7 +5,7 @@ bytes of parameters on N ranks, and buckets of B bytes (what is copied together 
 
     held                      torch     ZeRO 0       ZeRO 1        ZeRO 2      ZeRO 3
     parameters                P         P            P             P           P/N and those in use
-    moments                   2P        2P           2P/N          2P/N        2P/N
+    moments, 3P with EMA      2P        2P           2P/N          2P/N        2P/N
     copy that is updated      -         -            P/N           P/N         P/N
     gradients, one backward   P         P            P             B + L + K   B + L + P/N
     during the reduction      -         P (at most   B + P + K     -           -
@@ -19,7 +19,8 @@ parameters until 4B are whole.
 
 Several backwards in a step (gradient cache) hold the whole gradient from one to the next, unless
 ZeRO 2 or 3 reduce after every chunk; ZeRO 2 then holds K twice, to add one to the other. DDP holds
-the whole gradient twice: in its buckets, and beside them. gloo copies what it gathers.
+the whole gradient twice: in its buckets, and beside them. gloo copies what it gathers. Evaluation
+takes a whole copy of the model where there are averages, or parameters are shared out (ZeRO 3).
 `python -m benchmarks zero_memory` compares all this with what 4 CPU ranks take.
 ZeRO: Rajbhandari et al. 2020; the buffers are those of DeepSpeed's `stage_1_and_2.py`, `stage3.py`.
 """
@@ -32,6 +33,7 @@ from dataclasses import dataclass, fields, replace
 from unicl.config import EngineConfig
 
 _FLOAT = 4
+_MOMENTS = 2  # of AdamW
 BUCKET = 2**23 * _FLOAT
 """Bytes of a bucket, as `unicl.engine.deepspeed_backend` sets it; that one imports DeepSpeed."""
 LIVE_BUCKETS = 4
@@ -78,6 +80,10 @@ class Load:
     """Elements of each parameter, by the optimizer's groups and in their order."""
     ranks: int
     chunks: int
+    moments: int
+    """What the optimizer keeps per element of a parameter: 2, or 3 with an average."""
+    frozen: int
+    """Parameters that are not trained."""
     activations: int
     loss: int
     inputs: int
@@ -124,12 +130,19 @@ def phases(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         found = _zero_1_and_2(load, engine)
     else:
         found = _zero_3(load, engine)
+    shared = engine.backend == "deepspeed" and engine.zero_stage == 3
+    frozen = 0 if engine.offload_parameters else load.frozen // (load.ranks if shared else 1)
     for phase in found:
-        yield replace(phase, inputs=load.inputs, reserve=load.reserve)
+        yield replace(
+            phase,
+            parameters=phase.parameters + frozen,
+            inputs=load.inputs,
+            reserve=load.reserve,
+        )
 
 
 def _replicated(load: Load, engine: EngineConfig) -> Iterator[Phase]:
-    state = {"parameters": load.whole, "optimizer": 2 * load.whole}
+    state = {"parameters": load.whole, "optimizer": load.moments * load.whole}
     ddp = engine.backend == "torch" and load.ranks > 1
     yield Phase(
         name="forward and backward",
@@ -141,11 +154,12 @@ def _replicated(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     if engine.backend == "deepspeed":
         bucket = min(load.whole, _FALLBACK_BUCKET)
         yield Phase(name="reduction", **state, gradients=load.whole, buffers=bucket)
+    yield _evaluation(load, state, copied=load.moments > _MOMENTS)
 
 
 def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     bucket = min(load.whole, BUCKET)
-    own = 3 * load.part
+    own = (load.moments + 1) * load.part
     state = {"parameters": load.whole, "optimizer": own}
     kept = load.touched  # of the gradient, once it is reduced
     if engine.offload_optimizer:
@@ -170,6 +184,7 @@ def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         )
         yield Phase(name="reduction", **state, gradients=load.whole + kept, buffers=bucket)
     yield Phase(name="update", **state, gradients=kept, buffers=min(kept, load.part))
+    yield _evaluation(load, state, copied=load.moments > _MOMENTS)
 
 
 def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
@@ -179,10 +194,11 @@ def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     fetched = min(load.whole - small, LIVE_BUCKETS * bucket + load.largest) + bucket
     if load.gloo:
         fetched += max(bucket, load.largest)
-    on_device = {"parameters": load.part, "optimizer": 3 * load.part, "gradients": load.part}
+    own = (load.moments + 1) * load.part
+    on_device = {"parameters": load.part, "optimizer": own, "gradients": load.part}
     host = 0
     if engine.offload_optimizer:
-        host += 4 * load.part
+        host += own + load.part
         on_device |= {"optimizer": 0, "gradients": 0}
     if engine.offload_parameters:
         host += load.part
@@ -206,6 +222,14 @@ def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         buffers=bucket + kept,
         host=host,
     )
+    state = {"parameters": on_device["parameters"] + small, "optimizer": on_device["optimizer"]}
+    yield _evaluation(load, {**state, "host": host}, copied=True)
+
+
+def _evaluation(load: Load, state: dict[str, int], *, copied: bool) -> Phase:
+    """Return what is held while a copy is filled, bucket by bucket, and evaluated."""
+    copy = load.whole + load.frozen + max(min(load.whole, BUCKET), load.largest) if copied else 0
+    return Phase(name="evaluation", **state, buffers=copy)
 
 
 @functools.cache

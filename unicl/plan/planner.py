@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unicl.config import EngineConfig, Recipe
+from unicl.engine.optimizer import kinds
 from unicl.errors import UsageError
 from unicl.plan.memory import Load, Phase, peak
 from unicl.plan.towers import Towers
@@ -171,6 +172,8 @@ class _Way:
             groups=self.towers.groups,
             ranks=self.gpus,
             chunks=self.chunks,
+            moments=len(kinds(recipe.optimizer)),
+            frozen=_FLOAT * sum(self.towers.frozen.values()),
             activations=sum(
                 self.towers.memory(tower, checkpointing=on).activations(at_once)
                 for tower, on in self.checkpointing.items()
@@ -188,9 +191,15 @@ class _Way:
 
     @property
     def training_flops(self) -> int:
-        """Backward takes twice a forward; the gradient cache and checkpointing take one more."""
-        again = sum(self.towers.flops(tower) for tower, on in self.checkpointing.items() if on)
-        return (3 + (self.chunks > 1)) * self.forward_flops + again
+        """Backward takes twice a forward; the gradient cache and checkpointing take one more.
+
+        A locked tower has its forward only.
+        """
+        return sum(
+            self.towers.flops(tower)
+            * (1 if self.towers.frozen[tower] else 3 + (self.chunks > 1) + checkpointing)
+            for tower, checkpointing in self.checkpointing.items()
+        )
 
     @property
     def cost(self) -> float:

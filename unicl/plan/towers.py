@@ -70,6 +70,10 @@ class Towers:
         self._model = _build(recipe, self._mode, device)
         self._memory: dict[tuple[str, bool], TowerMemory] = {}
         self._flops: dict[str, int] = {}
+        self.frozen = {
+            tower: sum(p.numel() for p in module.parameters() if not p.requires_grad)
+            for tower, module in (("image", self._model.image), ("text", self._model.text))
+        }
         groups = parameter_groups(self._model, recipe.optimizer)
         self.groups = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
 

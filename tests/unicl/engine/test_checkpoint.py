@@ -22,6 +22,7 @@ from unicl.engine.checkpoint import (
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
+    sweep,
     verify_checkpoint,
 )
 from unicl.engine.optimizer import MOMENTS
@@ -216,7 +217,10 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, monkeypatch):
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / ".step-00000000.removed" / "half").mkdir(parents=True)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_pruning_keeps_the_newest_and_the_named(tmp_path):

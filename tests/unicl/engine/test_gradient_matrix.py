@@ -147,6 +147,10 @@ def check_all():
     for stage in (1, 2, 3):
         check_backend(stage, chunks=[4], tiles=[3], reduce_every="chunk")
     check_backend(3, chunks=[4], tiles=[3], checkpointing=True)
+    if dist.get_world_size() == 2:
+        for stage, every in itertools.product((1, 2, 3), ("step", "chunk")):
+            offload = {"offload_optimizer": True, "offload_parameters": stage == 3}
+            check_backend(stage, tiles=[3], reduce_every=every, **offload)
 
 
 @pytest.mark.slow
