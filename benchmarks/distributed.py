@@ -34,8 +34,9 @@ def measure(*, quick: bool) -> Result:
     """Extra memory of the loss on 4 ranks over the global batch; a ZeRO 2 step on 2 ranks."""
     ranks = 2 if quick else 4
     batches = [512, 1024] if quick else [8192, 16384, 32768, 65536]
-    curve = [_loss_row(ranks, batch) for batch in batches]
-    held = [row["extra_mib"] for row in curve]
+    memory = on_ranks(ranks, "benchmarks.distributed:loss_memory", batches=batches)
+    held = [max(of_ranks) for of_ranks in zip(*memory, strict=True)]
+    curve = [{"batch": b, "extra_mib": extra} for b, extra in zip(batches, held, strict=True)]
     # Doubling the batch doubles what grows with it; a matrix of logits would quadruple it.
     growth = held[-1] / held[-2]
     case = "benchmarks.distributed:time_steps"
@@ -64,20 +65,18 @@ def measure(*, quick: bool) -> Result:
     )
 
 
-def _loss_row(ranks: int, batch: int) -> dict[str, float]:
-    extra = max(on_ranks(ranks, "benchmarks.distributed:loss_memory", batch=batch))
-    return {"batch": batch, "extra_mib": extra}
-
-
-def loss_memory(ranks: Ranks, batch: int) -> float:
+def loss_memory(ranks: Ranks, batches: list[int]) -> list[float]:
     """Return what forward and backward of the loss hold on this rank beside inputs, in MiB."""
     _loss_step(ranks, 64 * ranks.size)()  # the libraries' own buffers
-    step = _loss_step(ranks, batch)
-    before = resident()
-    ranks.barrier()
-    reset_peak()
-    step()
-    return status("VmHWM") - before
+    held = []
+    for batch in batches:
+        step = _loss_step(ranks, batch)
+        before = resident()
+        ranks.barrier()
+        reset_peak()
+        step()
+        held.append(status("VmHWM") - before)
+    return held
 
 
 def _loss_step(ranks: Ranks, batch: int) -> Callable[[], tuple[Tensor, ...]]:

@@ -15,7 +15,7 @@ from tests.unicl.corpus import small_recipe, write_corpus
 from tests.unicl.history import untimed
 
 STEPS = 40
-RANK_STEPS = 120
+RANK_STEPS = 80
 KILLS = int(os.environ.get("UNICL_KILLS", "3"))  # a restart takes eight seconds on two cores
 # Detecting the death, ending the other rank, starting both again, and the first steps.
 RESTART_SECONDS = 60

@@ -58,7 +58,7 @@ def test_torchrun_and_deepspeed_say_all_there_is_to_know(monkeypatch):
 
 def test_srun_names_the_first_host(monkeypatch):
     setenv(monkeypatch, SLURM)
-    assert find_launch() == Launch(9, 16, 1, "gpu07", 20003)
+    assert find_launch() == Launch(9, 16, 1, "gpu07", 10003)
     setenv(monkeypatch, {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "1234"})
     assert find_launch() == Launch(9, 16, 1, "10.1.1.1", 1234)
 

@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         """
         embeddings = {}
         for tower, part in rows.items():
-            torch.manual_seed(mix(seed, int.from_bytes(tower.encode())))
+            _seed(mix(seed, int.from_bytes(tower.encode())), part.device)
             with autocast(self.precision, part.device):
                 embeddings[tower] = self._encode(tower, part)
         return embeddings
@@ -100,6 +100,13 @@ class Backend(Protocol):
 
     def whole_model(self) -> AbstractContextManager[Any]:
         """Make a context that gives the whole model, averaged if it can be, for reading only."""
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what a device's towers draw from; torch.manual_seed asks after all kinds of devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def tower_of(name: str) -> str:
