@@ -37,6 +37,14 @@ def test_mistakes_are_one_line(words, code, message, capsys, tmp_path, monkeypat
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("words", [["demo"], ["prepare", "x", "--out", "y"]])
+def test_what_is_for_one_process_refuses_ranks(words, variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "2")
+    assert main(words) == 2
+    assert f"unicl {words[0]} is for one process, not 2" in capsys.readouterr().err
+
+
 def test_help_and_configuration_need_no_torch():
     code = (
         "import sys\nfrom unicl.cli import main\n"

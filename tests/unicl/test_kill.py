@@ -16,7 +16,7 @@ from tests.unicl.history import untimed
 
 STEPS = 40
 RANK_STEPS = 80
-KILLS = int(os.environ.get("UNICL_KILLS", "3"))  # a restart takes eight seconds on two cores
+KILLS = int(os.environ.get("UNICL_KILLS", "2"))  # a restart takes eight seconds on two cores
 # Detecting the death, ending the other rank, starting both again, and the first steps.
 RESTART_SECONDS = 60
 
