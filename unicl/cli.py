@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--{next(iter(overrides))} is no option here; see unicl --help")
         arguments.run(arguments, overrides)
     except UniclError as error:
-        return _fail(str(error), error.exit_code)
+        return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", UniclError.exit_code)

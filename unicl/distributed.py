@@ -5,10 +5,12 @@ whether it runs on one rank or on many.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -125,7 +127,9 @@ class Ranks:
             reasons = self.gather_objects(error and (str(error) or type(error).__name__))
             for rank, reason in enumerate(reasons):
                 if reason is not None and error is None:
-                    raise UniclError(f"rank {rank} of {self.size}: {reason}")
+                    error = UniclError(f"rank {rank} of {self.size}: {reason}")
+            if isinstance(error, UniclError):
+                error.told = not self.first
         if error is not None:
             raise error
 
@@ -190,6 +194,7 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
     os.environ.update(launch.environment())
     gpu = device.type == "cuda"
     timeout = timedelta(seconds=timeout_seconds)
+    _end_with_launcher()
     try:
         with _killable():
             meeting: dict[str, Any] = {}  # unset: the environment says where the ranks meet
@@ -213,10 +218,11 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
-        reason = " ".join(str(error).split())
+        late = re.search("time.?out|timed out", str(error), re.IGNORECASE)
+        lost = f"did not answer within {timeout_seconds} seconds" if late else "is gone"
         raise UniclError(
-            f"another rank is gone or did not answer within {timeout_seconds} seconds; "
-            f"start the same command again, and the run goes on ({reason})"
+            f"another rank {lost}; start the same command again, and the run goes on from its "
+            f"last checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -233,6 +239,16 @@ def _killable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_launcher() -> None:
+    """Let this rank be told to save and end when torchrun dies without having told it.
+
+    SIGUSR1, for one, ends torchrun and leaves its ranks to themselves.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _fresh_store(launch: Launch, timeout: timedelta) -> dist.Store:

@@ -5,6 +5,8 @@ class UniclError(Exception):
     """A failure worth one line: its message names the thing and the way out (exit code 1)."""
 
     exit_code = 1
+    told = False
+    """Whether the first rank says the same: it is then said once."""
 
 
 class UsageError(UniclError, ValueError):

@@ -63,6 +63,7 @@ def unreadable_data(folder, keys):
     with pytest.raises(UniclError, match=r"shard-000001\.tar: Input/output error") as caught:
         train(folder, keys, fault=fault)
     assert str(caught.value).startswith("rank 1 of 2: ") == (ranks().rank == 0)
+    assert caught.value.told == (ranks().rank == 1)  # the first rank has said it for all
     assert time.monotonic() - start < 60
     assert checkpoints(folder / "checkpoints")[-1].name == "step-00000003"
 

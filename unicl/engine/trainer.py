@@ -249,9 +249,11 @@ class Trainer:
     def interrupt(self, number: int) -> NoReturn:
         """Save and stop, because a signal asked for it."""
         self.save()
-        raise Interrupted(
+        error = Interrupted(
             f"{signal.Signals(number).name}: saved at step {self.step}; repeat the command to go on"
         )
+        error.told = not self.ranks.first
+        raise error
 
     def save(self) -> None:
         """Write a checkpoint, then remove those that are no longer wanted."""
