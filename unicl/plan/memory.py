@@ -164,7 +164,7 @@ def _zero_1_and_2(load: Load, engine: EngineConfig) -> Iterator[Phase]:
     kept = load.touched  # of the gradient, once it is reduced
     if engine.offload_optimizer:
         # The reduced gradient goes to the host too, with a buffer of the updated parameters.
-        state = {"parameters": load.whole, "optimizer": 0, "host": own + 2 * kept}
+        state = {"parameters": load.whole, "optimizer": 0, "host": own + 2 * load.part}
         kept = load.largest
     if engine.zero_stage == 2 and _reduces_each_chunk(load, engine):
         yield Phase(
