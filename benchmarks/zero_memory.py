@@ -50,7 +50,7 @@ class _Batch:
 
 
 def measure(*, quick: bool) -> Result:
-    """One step on 4 ranks of one thread each, under each backend and stage."""
+    """A step, and the copy for an evaluation, on 4 ranks of one thread, under each backend."""
     sizes, ranks, stages = (_QUICK, 2, [3]) if quick else (_FULL, 4, [0, 1, 2, 3])
     rows = {"torch": _row(ranks, "torch", {**sizes, "engine.backend": "torch"})}
     for stage in stages:
@@ -73,7 +73,7 @@ def measure(*, quick: bool) -> Result:
             Bar("memory of an engine over the one before, at worst", step, 1, "x", "at most"),
             Bar("memory of ZeRO 3 over DDP", held[-1] / held[0], None, "x", "at most"),
         ],
-        tables={"Peak memory of a step per rank in MiB": list(rows.values())},
+        tables={"Peak memory per rank in MiB: a step, then the model for an evaluation": list(rows.values())},
         facts={
             "ranks": ranks,
             "parameters": sum(p.numel() for p in build_model(recipe).parameters()),
@@ -142,6 +142,8 @@ def measure_rank(ranks: Ranks, overrides: Mapping[str, str]) -> dict[str, float]
     ranks.barrier()
     reset_peak()
     step()
+    with backend.whole_model():  # what an evaluation takes
+        pass
     return {"imports": imports, "peak": status("VmHWM")}
 
 
