@@ -73,7 +73,7 @@ def measure(*, quick: bool) -> Result:
             Bar("memory of an engine over the one before, at worst", step, 1, "x", "at most"),
             Bar("memory of ZeRO 3 over DDP", held[-1] / held[0], None, "x", "at most"),
         ],
-        tables={"Peak memory per rank in MiB: a step, then the model for an evaluation": list(rows.values())},
+        tables={"Peak memory per rank in MiB, of a step and an evaluation": list(rows.values())},
         facts={
             "ranks": ranks,
             "parameters": sum(p.numel() for p in build_model(recipe).parameters()),

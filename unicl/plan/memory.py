@@ -222,14 +222,15 @@ def _zero_3(load: Load, engine: EngineConfig) -> Iterator[Phase]:
         buffers=bucket + kept,
         host=host,
     )
-    state = {"parameters": on_device["parameters"] + small, "optimizer": on_device["optimizer"]}
-    yield _evaluation(load, {**state, "host": host}, copied=True)
+    # The buffers of gradients stay from one step to the next.
+    on_device["parameters"] += small
+    yield _evaluation(load, {**on_device, "host": host}, copied=True, buffers=bucket)
 
 
-def _evaluation(load: Load, state: dict[str, int], *, copied: bool) -> Phase:
+def _evaluation(load: Load, state: dict[str, int], *, copied: bool, buffers: int = 0) -> Phase:
     """Return what is held while a copy is filled, bucket by bucket, and evaluated."""
     copy = load.whole + load.frozen + max(min(load.whole, BUCKET), load.largest) if copied else 0
-    return Phase(name="evaluation", **state, buffers=copy)
+    return Phase(name="evaluation", **state, buffers=copy + buffers)
 
 
 @functools.cache
