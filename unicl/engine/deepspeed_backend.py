@@ -174,14 +174,12 @@ class DeepSpeedBackend:
         """Return the model's whole state dict on the CPU, on the first rank."""
         found: dict[str, Tensor] = {}
         model = self.encoder.model
-        state = dict(model.state_dict())
         for names in self._gathered(model):
             if self.ranks.first:
-                # What is whole only for now is taken again from the parameters' new data.
-                state |= {name: model.get_parameter(name).detach() for name in names}
-                found |= {name: state.pop(name).cpu().contiguous().clone() for name in names}
+                found |= {name: _on_cpu(model.get_parameter(name)) for name in names}
         if self.ranks.first:
-            found |= {name: buffer.cpu().contiguous().clone() for name, buffer in state.items()}
+            state = model.state_dict()  # besides parameters: buffers
+            found |= {name: _on_cpu(state[name]) for name in state if name not in found}
         for name, average in self._averages() if averaged else ():
             if self.ranks.first:
                 found[name] = average.cpu().contiguous()
@@ -323,6 +321,10 @@ class DeepSpeedBackend:
                 self.ranks.sum_(bucket)
             for name, part in zip(names, parts, strict=True):
                 yield name, part.view(self._shapes[name])
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def _buckets(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -172,7 +172,8 @@ class Trainer:
             if any(signals):
                 self.interrupt(max(signals))
             if any(failed):
-                self._fail_together(error)
+                with self._saved():
+                    self.ranks.check(error)
             if any(skipped):
                 for reasons in self.ranks.gather_objects(batch.skipped):
                     self.skipped.update(reasons)
@@ -231,11 +232,8 @@ class Trainer:
         if not self.evaluators:
             return False
         self.evaluation = {}
-        try:
+        with self._saved():
             self.evaluation = self._evaluated()
-        except Exception:
-            self.save()  # A mistake in the evaluation must not cost the steps until here.
-            raise
         self.log.write(self.step, self.evaluation)
         log_evaluation(self.step, self.config.steps, self.evaluation)
         name = self.config.keep_best
@@ -316,15 +314,15 @@ class Trainer:
     def _run(self) -> Run:
         return Run(path=self.folder, step=self.step, metrics=self.evaluation)
 
-    def _fail_together(self, error: Exception | None) -> NoReturn:
-        """Say what one of the ranks cannot read, save, and end the run."""
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Save before what fails, on all ranks, ends the run: it must not cost the steps so far."""
         try:
-            self.ranks.check(error)
+            yield
         except Exception as reason:
             logger.warning("%s; saving at step %d", reason, self.step)
             self.save()
             raise
-        raise AssertionError("no rank has an error")
 
     def _note(self, values: Mapping[str, float]) -> None:
         self.means.add({f"train/{name}": value for name, value in values.items()})
