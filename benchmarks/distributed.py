@@ -4,7 +4,6 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -15,11 +14,10 @@ from benchmarks.captions import draw_tokens
 from benchmarks.harness import reset_peak, resident, status
 from benchmarks.ranks import on_ranks
 from benchmarks.record import Bar, Result
+from benchmarks.training import Batch, own_step
 from unicl.build import build_backend
-from unicl.config import parse_recipe
+from unicl.config import OptimizerConfig, parse_recipe
 from unicl.distributed import Ranks
-from unicl.engine.backend import Backend
-from unicl.engine.gradient_cache import backward
 from unicl.loss import unicl_loss
 from unicl.pretraining import Pretraining
 from unicl.towers.image import ImageTower
@@ -96,13 +94,6 @@ def _loss_step(ranks: Ranks, batch: int) -> Callable[[], tuple[Tensor, ...]]:
     return step
 
 
-@dataclass(frozen=True)
-class _Batch:
-    images: Tensor
-    tokens: Tensor
-    labels: Tensor
-
-
 def time_steps(ranks: Ranks, quick: bool) -> list[float]:
     """Return the ratios, round by round, of a cached step's time to an accumulated one's.
 
@@ -118,13 +109,13 @@ def time_steps(ranks: Ranks, quick: bool) -> list[float]:
     recipe = parse_recipe("", {"engine.backend": "deepspeed", "engine.zero_stage": "2"})
     backend = build_backend(recipe, task, ranks)
     rows = 8 * _CHUNKS
-    batch = _Batch(
+    batch = Batch(
         torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8),
         draw_tokens(rows),
         torch.arange(rows) + rows * ranks.rank,
     )
     parts = [
-        _Batch(*parts)
+        Batch(*parts)
         for parts in zip(
             *(each.tensor_split(_CHUNKS) for each in (batch.images, batch.tokens, batch.labels)),
             strict=True,
@@ -132,8 +123,7 @@ def time_steps(ranks: Ranks, quick: bool) -> list[float]:
     ]
 
     def cached() -> None:
-        backward(task, backend, task.inputs(batch), chunks=_CHUNKS)
-        _update(backend)
+        own_step(task, backend, task.inputs(batch), chunks=_CHUNKS)
 
     def accumulated() -> None:
         with backend.accumulate():
@@ -142,13 +132,10 @@ def time_steps(ranks: Ranks, quick: bool) -> list[float]:
                 inputs = task.inputs(part)
                 loss, _ = task.loss(backend.encode(inputs.towers, 0), inputs.context)
                 backend.backward(loss / _CHUNKS)
-        _update(backend)
+        norm = math.hypot(*backend.gradient_norms().values())
+        backend.step(OptimizerConfig().learning_rate, norm=norm)
 
     return _interleaved(ranks, cached, accumulated, rounds=1 if quick else 5)
-
-
-def _update(backend: Backend) -> None:
-    backend.step(1e-4, norm=math.hypot(*backend.gradient_norms().values()))
 
 
 def _interleaved(

@@ -1,21 +1,19 @@
 """How much memory does a rank hold under DDP and ZeRO, and does `unicl plan` foretell it?"""
 
 import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.harness import reset_peak, resident, status
 from benchmarks.ranks import on_ranks
 from benchmarks.record import Bar, Result
+from benchmarks.training import Batch, own_step
 from unicl.build import build_backend, build_model
 from unicl.config import Recipe, parse_recipe
 from unicl.distributed import Ranks
-from unicl.engine.gradient_cache import backward, num_chunks
+from unicl.engine.gradient_cache import num_chunks
 from unicl.plan import Plan, plan
 from unicl.pretraining import Pretraining
 
@@ -40,13 +38,6 @@ _QUICK = {
     "text_tower.width": "128",
     "text_tower.num_heads": "2",
 }
-
-
-@dataclass(frozen=True)
-class _Batch:
-    images: Tensor
-    tokens: Tensor
-    labels: Tensor
 
 
 def measure(*, quick: bool) -> Result:
@@ -131,10 +122,8 @@ def measure_rank(ranks: Ranks, overrides: Mapping[str, str]) -> dict[str, float]
     batch = _make_batch(recipe, len(ranks.share(recipe.trainer.batch_size)))
 
     def step() -> None:
-        inputs = task.inputs(batch)
         chunks = num_chunks(len(batch.labels), recipe.trainer.chunk)
-        backward(task, backend, inputs, chunks=chunks)
-        backend.step(1e-4, norm=math.hypot(*backend.gradient_norms().values()))
+        own_step(task, backend, task.inputs(batch), chunks=chunks)
 
     for _ in range(_WARM_UP):
         step()
@@ -147,11 +136,11 @@ def measure_rank(ranks: Ranks, overrides: Mapping[str, str]) -> dict[str, float]
     return {"imports": imports, "peak": status("VmHWM")}
 
 
-def _make_batch(recipe: Recipe, rows: int) -> _Batch:
+def _make_batch(recipe: Recipe, rows: int) -> Batch:
     """Make different texts that all have the planned length."""
     side = recipe.image_tower.image_size
     tokens = torch.zeros(rows, recipe.text_tower.context_length, dtype=torch.int64)
     tokens[:, : _TEXT_LENGTH - 1] = torch.randint(1, 40_000, (rows, _TEXT_LENGTH - 1))
     tokens[:, _TEXT_LENGTH - 1] = 49407
     images = torch.randint(0, 256, (rows, 3, side, side), dtype=torch.uint8)
-    return _Batch(images, tokens, torch.arange(rows))
+    return Batch(images, tokens, torch.arange(rows))
