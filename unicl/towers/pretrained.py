@@ -1,0 +1,30 @@
+"""A model and all that its use takes, wherever it comes from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from unicl.towers.two_tower import TwoTower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Two towers with their own way of reading images and texts."""
+
+    name: str
+    """What a person calls it: a run's folder, `open_clip:NAME/weights`."""
+    model: TwoTower
+    """The towers, in eval mode."""
+    tokenize: Callable[[Sequence[str]], Tensor]
+    """Texts to token numbers [texts, context_length]."""
+    transform: Callable[[Image.Image, int], Tensor]
+    """An opened image and a seed, which has no effect, to bytes [3, image_size, image_size]."""
+    image_size: int
+    """Side of the images in pixels."""
+    context_length: int
+    """Longest text in tokens."""
+    identity: str
+    """What tells its embeddings from those of other models, besides the values of the weights:
+    architecture, activation, transform."""
