@@ -10,10 +10,11 @@ from benchmarks.harness import reset_peak, resident, status
 from benchmarks.ranks import on_ranks
 from benchmarks.record import Bar, Result
 from benchmarks.training import Batch, own_step
-from unicl.build import build_backend, build_model
+from unicl.build import build_backend
 from unicl.config import Recipe, parse_recipe
 from unicl.distributed import Ranks
 from unicl.engine.gradient_cache import num_chunks
+from unicl.models import build_model
 from unicl.plan import Plan, plan
 from unicl.pretraining import Pretraining
 

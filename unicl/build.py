@@ -1,45 +1,37 @@
 """The only place where configuration becomes objects."""
 
-import contextlib
 import functools
 import logging
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unicl.config import Recipe, parse_recipe, recipe_to_toml
+from unicl.config import Recipe, recipe_to_toml
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
 from unicl.data.shards import ShardSet
-from unicl.distributed import ALONE, Ranks, joined, local_rank
+from unicl.distributed import ALONE, Ranks, joined
 from unicl.engine.backend import Backend
 from unicl.engine.checkpoint import (
-    DamagedCheckpointError,
     checkpoints,
-    load_state,
-    load_weights,
-    set_weights,
-    verify_checkpoint,
 )
 from unicl.engine.schedule import learning_rate
 from unicl.engine.task import Task
 from unicl.engine.torch_backend import TorchBackend
 from unicl.engine.trainer import Run, Trainer
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UsageError
 from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
+from unicl.models import build_model, build_tokenizer, choose_device, read_recipe
 from unicl.pretraining import Pretraining, StepFlops
-from unicl.towers.image import ImageTower, check_image_size, read_safetensors
-from unicl.towers.text import TextTower, tokenize
-from unicl.towers.two_tower import TwoTower, carry_model
+from unicl.towers.image import check_image_size
+from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
 
@@ -167,51 +159,6 @@ def build_backend(recipe: Recipe, task: Task, ranks: Ranks = ALONE) -> Backend:
     return DeepSpeedBackend(task, recipe.optimizer, ranks, recipe.engine)
 
 
-def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
-    """Build the two towers with fresh weights, drawn from torch's global generator.
-
-    Args:
-        recipe: the architecture, and the weights to start from.
-        start: load those weights; others need not, if they load their own.
-
-    Raises:
-        UniclError: there are no such weights, or they do not fit.
-    """
-    image, text = recipe.image_tower, recipe.text_tower
-    model = TwoTower(
-        ImageTower(
-            image.model,
-            embed_dim=recipe.embed_dim,
-            image_size=image.image_size,
-            window_size=image.window_size,
-            drop_path_rate=image.drop_path_rate,
-            layer_scale=image.layer_scale,
-            checkpointing=image.checkpointing,
-            weights=Path(image.weights) if start and image.weights else None,
-        ),
-        TextTower(
-            width=text.width,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            mlp_width=text.mlp_width,
-            context_length=text.context_length,
-            embed_dim=recipe.embed_dim,
-            causal=text.causal,
-            checkpointing=text.checkpointing,
-        ),
-        initial_scale=recipe.loss.initial_scale,
-        max_scale=recipe.loss.max_scale,
-    )
-    if start and recipe.weights is not None:
-        file, weights = _read_model(Path(recipe.weights))
-        set_weights(carry_model(weights, model, source=file), model, source=file)
-    if image.locked:
-        model.lock("image")
-    if text.locked:
-        model.lock("text")
-    return model
-
-
 def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:
     """Build the endless, reproducible stream of training batches."""
     data, seed, batch_size = recipe.data, recipe.trainer.seed, recipe.trainer.batch_size
@@ -270,17 +217,13 @@ def _build_loader(recipe: Recipe, shards: ShardSet, order: SampleOrder, **own: A
 def _open_shards(folder: Path) -> ShardSet:
     """Open a folder of shards, and say at once what of it will be skipped later."""
     shards = ShardSet.open(folder)
+    shards.table()  # a damaged one is told at once, and the loader's workers share it
     problems = shards.problems(indices=False)
     for problem in problems[:_PROBLEMS_SHOWN]:
         logger.warning("%s; the samples it lacks are skipped", problem)
     if len(problems) > _PROBLEMS_SHOWN:
         logger.warning("%d more tars of %s are damaged", len(problems) - _PROBLEMS_SHOWN, folder)
     return shards
-
-
-def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
-    """Build the function from texts to tokens of the text tower's context length."""
-    return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
 
 
 def build_evaluators(recipe: Recipe, ranks: Ranks = ALONE) -> list[HeldOut]:
@@ -321,106 +264,6 @@ def build_held_out(recipe: Recipe, ranks: Ranks = ALONE) -> HeldOut:
     )
     retrieval = Retrieval(loader, build_tokenizer(recipe), batch_size=evaluation.batch_size)
     return HeldOut(loader, zero_shot, retrieval)
-
-
-def choose_device(device: str) -> torch.device:
-    """Turn "auto" into this rank's GPU where there is one; refuse a device that is not there."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and not num_gpus):
-        return torch.device("cpu")
-    if device in ("auto", "cuda"):
-        device = f"cuda:{local_rank()}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
-        seen = f"only {num_gpus}" if num_gpus else "none"
-        raise UsageError(f"device is {device}, but of GPUs torch sees {seen}; use cpu or auto")
-    return chosen
-
-
-def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
-    """Load the model of a run's best checkpoint, or of its newest if it kept no best.
-
-    Nothing is unpickled.
-
-    Args:
-        path: the run's folder, or one checkpoint inside of it.
-
-    Raises:
-        UniclError: there is no such run or checkpoint, or it is damaged.
-    """
-    path = Path(path)
-    recipe = read_recipe(_run_of(path))
-    model = build_model(recipe, start=False)
-    load_weights(_weights_of(path), model)
-    return model.eval(), recipe
-
-
-def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Read the weights that a run, a checkpoint or a file has, and say from which file."""
-    if path.suffix != ".safetensors":
-        if not path.is_dir():
-            raise UsageError(f"weights names no run, checkpoint or .safetensors file: {path}")
-        path = _weights_of(path)
-    return path, read_safetensors(path, key="weights")
-
-
-def _run_of(path: Path) -> Path:
-    """Return the folder of the run, given it or one of its checkpoints."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def _weights_of(path: Path) -> Path:
-    """Return the file with the weights of a run or checkpoint, once it is known to be whole.
-
-    These are the averaged ones where the run keeps an average.
-    """
-    averages = read_recipe(_run_of(path)).optimizer.ema_decay is not None
-    name = "ema.safetensors" if averages else "model.safetensors"
-    if _run_of(path) == path:
-        path = _best_checkpoint(path, name)
-    elif path.is_dir():
-        verify_checkpoint(path, only=name)
-    else:
-        raise UniclError(f"there is no checkpoint {path}")
-    return path / name
-
-
-def _best_checkpoint(run: Path, file: str) -> Path:
-    """Return a run's best checkpoint, or its newest, of those that have the file whole."""
-    found = checkpoints(run / "checkpoints")
-    if not found:
-        raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
-    best = None
-    with contextlib.suppress(DamagedCheckpointError):
-        best = load_state(found[-1])["best"]
-    wanted = f"step-{best[1]:08d}" if best else found[-1].name
-    # Sorting is stable: after the wanted one the newest comes first.
-    for path in sorted(reversed(found), key=lambda path: path.name != wanted):
-        try:
-            verify_checkpoint(path, only=file)
-        except DamagedCheckpointError as error:
-            logger.warning("%s; looking for another checkpoint", error)
-        else:
-            return path
-    raise UniclError(f"no checkpoint of {run} is whole; train it again, with another --out")
-
-
-def read_recipe(run: Path) -> Recipe:
-    """Read the full configuration that a run's folder holds."""
-    path = run / "recipe.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        inside = sorted(run.glob("*/recipe.toml"))
-        hint = f"; perhaps you mean {inside[0].parent}" if inside else ""
-        raise UniclError(
-            f"{run} is not a run: cannot read {path}: {error.strerror}{hint}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UniclError(f"{path} is damaged: it is not UTF-8 text") from error
-    return parse_recipe(text, source=str(path))
 
 
 def _check_free(folder: Path, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from unicl.build import HeldOut, build_held_out, load_model, read_recipe, train
+from unicl.build import HeldOut, build_held_out, train
 from unicl.config import Recipe, load_recipe
 from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import ShardSet
@@ -29,6 +29,7 @@ from unicl.evaluation.report import (
     write_report,
 )
 from unicl.evaluation.zero_shot import ZeroShotResult
+from unicl.models import load_model, read_recipe
 from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
@@ -166,7 +167,7 @@ def _predictions(
 def _images_by_key(folder: Path) -> dict[str, bytes]:
     shards = ShardSet.open(folder)
     samples = (shards.read(index) for index in range(shards.num_samples))
-    return {sample.key: sample.image for sample in samples}
+    return {s.key: s.image for s in samples if isinstance(s.image, bytes)}
 
 
 def _report(

@@ -6,6 +6,7 @@ whether it runs on one rank or on many.
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -54,7 +55,12 @@ class Ranks:
 
     def share(self, total: int) -> range:
         """Return which of `total` consecutive things are this rank's; sizes differ by one."""
-        return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+        return self.shares(total)[self.rank]
+
+    def shares(self, total: int) -> list[range]:
+        """Return which of `total` consecutive things are each rank's."""
+        bounds = [rank * total // self.size for rank in range(self.size + 1)]
+        return [range(*bound) for bound in itertools.pairwise(bounds)]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place."""

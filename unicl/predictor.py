@@ -1,9 +1,13 @@
-"""The trained model's public face: images and texts in, arrays out."""
+"""A model's public face: images and texts in, arrays out."""
 
+import functools
+import re
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,61 +16,75 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unicl.data.augment import EvalTransform, UndecodableImage, open_image
+from unicl.data.augment import UndecodableImage, open_image
 from unicl.data.prompts import TEMPLATES
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.embeddings import TwoTowers, device_of, embed_texts, evaluating
-from unicl.evaluation.zero_shot import class_embeddings, rank_classes
-
-if TYPE_CHECKING:
-    from unicl.data.loader import Tokenize
+from unicl.evaluation.embeddings import computing_in, device_of, embed_texts, evaluating
+from unicl.evaluation.zero_shot import class_embeddings, rank_classes, require_unique
+from unicl.towers.pretrained import Pretrained
 
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
-"""A path, a PIL image, or an array [height, width] or [height, width, 3 or 4] of bytes."""
+"""A path or a URL (http, https, file), a PIL image, or an array [height, width] or
+[height, width, 3 or 4] of bytes."""
 
 Images = Sequence[ImageInput] | NDArray[np.uint8]
 """A list of them, or an array of bytes with one more axis in front."""
 
 _IMAGES = (str, Path, Image.Image, np.ndarray)
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_URL = re.compile(r"(https?|file)://")
+_MAX_BYTES = 1 << 28
+_SECONDS_TO_FETCH = 30
 
 
 class Predictor:
-    """Embeds images and texts with a trained model, and names images.
+    """Embeds images and texts with a model, and names images; threads may share one.
 
     Args:
-        model: the two towers.
-        tokenize: texts to token numbers of the text tower's context length.
-        image_size: side of the image tower's input, in pixels.
+        model: the towers with their tokenizer and transform; they are put into eval mode.
         batch_size: images or texts per forward pass.
+        precision: type of the towers' arithmetic: fp32, bf16 or fp16.
     """
 
-    def __init__(
-        self, model: TwoTowers, tokenize: "Tokenize", *, image_size: int, batch_size: int = 64
-    ) -> None:
+    def __init__(self, model: Pretrained, *, batch_size: int = 64, precision: str = "fp32") -> None:
         _require_count(batch_size, "batch_size")
-        self.model = model
-        self.tokenize = tokenize
-        self.transform = EvalTransform(image_size)
+        if precision not in _AUTOCAST:
+            raise UsageError(f"precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}")
+        model.model.eval()
+        self.model = model.model
+        self.tokenize = model.tokenize
+        self.transform = model.transform
         self.batch_size = batch_size
+        self._autocast = _AUTOCAST[precision]
+        # The same names are asked for again and again; safe for threads, unlike a dict of ours.
+        self._classifier = functools.lru_cache(maxsize=8)(self._build_classifier)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", batch_size: int = 64) -> "Predictor":
-        """Load a run's model from its folder; nothing is unpickled.
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        batch_size: int = 64,
+        precision: str = "fp32",
+    ) -> "Predictor":
+        """Load a model by its name; nothing is unpickled.
+
+        Args:
+            name: a run's folder or one of its checkpoints, an exported folder,
+                `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
+            device: auto, cpu, cuda or cuda:N.
+            batch_size: images or texts per forward pass.
+            precision: type of the towers' arithmetic: fp32, bf16 or fp16.
 
         Raises:
-            UniclError: there is no such run, or its checkpoint is damaged.
-            UsageError: `device` is none of auto, cpu, cuda and cuda:N, or is not there.
+            UniclError: there is no such model, or it is damaged.
+            UsageError: `device` is none of the above, or is not there.
         """
-        # Late: building knows every component, using a model needs only a few of them.
-        from unicl.build import build_tokenizer, choose_device, load_model
+        # Late: loading knows every kind of model, using one needs only a few of them.
+        from unicl.models import load
 
-        model, recipe = load_model(path)
-        return cls(
-            model.to(choose_device(device)),
-            build_tokenizer(recipe),
-            image_size=recipe.image_tower.image_size,
-            batch_size=batch_size,
-        )
+        return cls(load(name, device=device), batch_size=batch_size, precision=precision)
 
     def embed_images(self, images: Images) -> Float[np.ndarray, "num_images dim"]:
         """Unit-length embeddings of images.
@@ -84,7 +102,9 @@ class Predictor:
             UsageError: there are no texts, or something among them is none.
         """
         texts = _listed(texts, "texts", (str,), "a text")
-        return embed_texts(self.model, texts, self.tokenize, self.batch_size).numpy()
+        return embed_texts(
+            self.model, texts, self.tokenize, self.batch_size, autocast=self._autocast
+        ).numpy()
 
     def classify(
         self,
@@ -97,7 +117,7 @@ class Predictor:
         """The best names of each image with their probabilities among all names, best first.
 
         Args:
-            images: paths, PIL images or arrays.
+            images: paths, URLs, PIL images or arrays.
             names: what an image can be, each once.
             templates: name of a set of prompt templates, or templates with one `{}` each.
             top_k: names to return for each image; all of them where there are fewer.
@@ -110,14 +130,9 @@ class Predictor:
             UniclError: a file cannot be decoded.
         """
         names = _listed(names, "names", (str,), "a text")
+        require_unique(names)
         _require_count(top_k, "top_k")
-        classifier = class_embeddings(
-            self.model,
-            names,
-            _templates(templates),
-            self.tokenize,
-            batch_size=self.batch_size,
-        )
+        classifier = self._classifier(tuple(names), tuple(_templates(templates)))
         embeddings = self._image_embeddings(images)
         best, probabilities, _ = rank_classes(
             embeddings,
@@ -131,11 +146,23 @@ class Predictor:
             for guesses in zip(best.tolist(), probabilities.tolist(), strict=True)
         ]
 
+    def _build_classifier(
+        self, names: tuple[str, ...], templates: tuple[str, ...]
+    ) -> Float[Tensor, "num_classes dim"]:
+        return class_embeddings(
+            self.model,
+            names,
+            templates,
+            self.tokenize,
+            batch_size=self.batch_size,
+            autocast=self._autocast,
+        )
+
     def _image_embeddings(self, images: Images) -> Float[Tensor, "num_images dim"]:
         images = _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
         device = device_of(self.model)
         embeddings = []
-        with evaluating(self.model):
+        with evaluating(self.model), computing_in(device, self._autocast):
             for start in range(0, len(images), self.batch_size):
                 pixels = [
                     self._pixels(image, number)
@@ -149,10 +176,10 @@ class Predictor:
         name = str(image) if isinstance(image, str | Path) else f"image {number}"
         try:
             if isinstance(image, str | Path):
-                return self.transform(open_image(Path(image).read_bytes()))
+                return self.transform(open_image(_read(str(image))), 0)
             if isinstance(image, Image.Image) and 0 in image.size:
                 raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
-            return self.transform(image if isinstance(image, Image.Image) else _picture(image))
+            return self.transform(image if isinstance(image, Image.Image) else _picture(image), 0)
         except FileNotFoundError as error:
             raise UsageError(f"there is no image file {name}") from error
         except (OSError, UndecodableImage) as error:
@@ -160,6 +187,20 @@ class Predictor:
             raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
         except ValueError as error:
             raise UsageError(f"{name}: {error}") from error
+
+
+def _read(place: str) -> bytes:
+    """Read a file, or fetch one by its URL."""
+    if not _URL.match(place):
+        return Path(place).read_bytes()
+    try:
+        with urllib.request.urlopen(place, timeout=_SECONDS_TO_FETCH) as answer:
+            data = answer.read(_MAX_BYTES + 1)
+    except urllib.error.URLError as error:  # an OSError whose words are in its reason
+        raise OSError(str(error.reason)) from error
+    if len(data) > _MAX_BYTES:
+        raise OSError(f"it has more than {_MAX_BYTES >> 20} MiB")
+    return data
 
 
 def _picture(array: NDArray[np.uint8]) -> Image.Image:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from unicl.build import build_backend, build_model, build_train_loader, choose_device
+from unicl.build import build_backend, build_train_loader
 from unicl.config import EngineConfig, ImageTowerConfig, Recipe, TextTowerConfig
 from unicl.data.loader import Batch
 from unicl.distributed import Ranks, joined
@@ -27,6 +27,7 @@ from unicl.engine.gradient_cache import backward
 from unicl.engine.precision import Precision
 from unicl.errors import UniclError, UsageError
 from unicl.loss import reference_loss
+from unicl.models import build_model, choose_device
 from unicl.pretraining import Pretraining
 from unicl.towers.text import tokenize
 from unicl.towers.two_tower import TwoTower

@@ -7,18 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl.build import (
-    build_model,
-    build_train_loader,
-    choose_device,
-    load_model,
-    read_recipe,
-    train,
-)
+from unicl.build import build_train_loader, train
 from unicl.config import parse_recipe
 from unicl.engine.checkpoint import checkpoints
 from unicl.engine.metrics import read_metrics
 from unicl.errors import UniclError, UsageError
+from unicl.models import build_model, choose_device, load_model, read_recipe
 from unicl.towers.text import tokenize
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from unicl.build import build_model
 from unicl.cli import main
 from unicl.config import EngineConfig, load_recipe, parse_recipe, recipe_names
 from unicl.errors import UsageError
+from unicl.models import build_model
 from unicl.plan import plan
 from unicl.plan.memory import BUCKET, LIVE_BUCKETS, Load, peak
 from unicl.plan.towers import Towers

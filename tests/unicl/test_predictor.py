@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -5,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unicl.evaluation.toys import CONTEXT, NAMES, ToyModel, tokenize
+from tests.unicl.evaluation.toys import CONTEXT, NAMES, ToyModel, tokenize, toy
 from unicl.errors import UniclError, UsageError
 from unicl.predictor import _IMAGES, ImageInput, Predictor, _listed, _require_count
 
 
 def predictor(batch_size: int = 64) -> Predictor:
-    return Predictor(ToyModel(), tokenize, image_size=4, batch_size=batch_size)
+    return Predictor(toy(), batch_size=batch_size)
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -190,21 +191,50 @@ def test_names_and_templates_that_cannot_be_used() -> None:
         predictor(0)
 
 
-def test_loading_takes_sizes_from_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = pytest.importorskip("unicl.build")
-    from unicl.config import Recipe
-    from unicl.config.schema import ImageTowerConfig, TextTowerConfig
-
-    recipe = Recipe(
-        image_tower=ImageTowerConfig(image_size=4),
-        text_tower=TextTowerConfig(context_length=CONTEXT),
-    )
+def test_loading_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        build, "load_model", lambda path: (asked.append(path), (ToyModel(), recipe))[1]
-    )
+    monkeypatch.setattr("unicl.models.load", lambda name, device: (asked.append(name), toy())[1])
     loaded = Predictor.load("runs/demo", device="cpu", batch_size=3)
     assert asked == ["runs/demo"]
     assert loaded.tokenize(["cat"]).shape == (1, CONTEXT)
     assert loaded.embed_images([noise(0, 9, 9, 3)]).shape == (1, 16)
     assert loaded.batch_size == 3
+
+
+def test_a_url_is_fetched(tmp_path: Path) -> None:
+    path = tmp_path / "an image.png"
+    Image.fromarray(noise(0, 6, 8, 3)).save(path)
+    by_url, by_path = predictor().embed_images([path.as_uri(), path])
+    np.testing.assert_array_equal(by_url, by_path)
+
+
+@pytest.mark.parametrize("place", ["file:///nowhere/image.png", "http://127.0.0.1:1/image.png"])
+def test_a_url_that_leads_nowhere(place: str) -> None:
+    with pytest.raises(UniclError, match=f"cannot read {place}: "):
+        predictor().embed_images([place])
+
+
+def test_half_precision_is_asked_for_by_name() -> None:
+    model = ToyModel()
+    embeddings = Predictor(toy(model), precision="bf16").embed_images([noise(0, 9, 9, 3)])
+    assert model.autocast == [True]
+    assert embeddings.dtype == np.float32
+    with pytest.raises(UsageError, match="precision must be one of fp32, bf16, fp16, got 'int8'"):
+        Predictor(toy(), precision="int8")
+
+
+def test_threads_share_a_predictor() -> None:
+    shared = predictor(2)
+    images = [noise(seed, 6, 6, 3) for seed in range(8)]
+    expected = shared.classify(images, NAMES)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(shared.classify, images, NAMES) for _ in range(8)]
+        assert all(found.result() == expected for found in asked)
+
+
+def test_a_classifier_is_made_once() -> None:
+    model = ToyModel()
+    asked = Predictor(toy(model))
+    for _ in range(3):
+        asked.classify([noise(0, 6, 6, 3)], NAMES)
+    assert len(model.text_batches) == 1

@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
-from unicl.data.reader import Piece, Reader, Skipped, Tokenize, Transform
-from unicl.data.shards import ShardSet
+from unicl.data.reader import Piece, Reader, SampleSet, Skipped, Tokenize, Transform
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
 
@@ -105,8 +104,8 @@ class _Plan(Sampler[tuple[int, int]]):
 class _Tally:
     """Counts what was skipped, and stops the run when it becomes too much."""
 
-    def __init__(self, shards: ShardSet, max_skipped_share: float) -> None:
-        self._locate = shards.locate
+    def __init__(self, samples: SampleSet, max_skipped_share: float) -> None:
+        self._locate = samples.locate
         self._max_skipped_share = max_skipped_share
         self._num_read = 0
         self._reasons: Counter[str] = Counter()
@@ -165,7 +164,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        samples: SampleSet,
         order: SampleOrder,
         *,
         transform: Transform,
@@ -182,8 +181,7 @@ class Loader:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
         if num_workers < 0:
             raise UsageError(f"data.num_workers must not be negative, got {num_workers}")
-        shards.table()  # Read it here: a damaged one is told at once, and workers share it.
-        self._reader = Reader(shards, order, transform, tokenize, prompts, seed, max_image_pixels)
+        self._reader = Reader(samples, order, transform, tokenize, prompts, seed, max_image_pixels)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.ranks = ranks
@@ -197,19 +195,20 @@ class Loader:
         """
         return self._load(_Plan(start, None, self.batch_size, self.ranks))
 
-    def epoch(self) -> Generator[Batch, None, None]:
-        """Yield every sample once; the last batch may be smaller.
+    def epoch(self, span: range | None = None) -> Generator[Batch, None, None]:
+        """Yield every sample once, or every one of a span; the last batch may be smaller.
 
         Of several ranks each gets a run of consecutive samples, the first rank the first.
 
         Raises:
             UniclError: Too large a share of the samples is bad, or a worker was killed.
         """
-        own = self.ranks.share(self._reader.shards.num_samples)
-        return self._load(_Plan(own.start, own.stop, self.batch_size))
+        span = range(self._reader.samples.num_samples) if span is None else span
+        own = self.ranks.share(len(span))
+        return self._load(_Plan(span.start + own.start, span.start + own.stop, self.batch_size))
 
     def _load(self, plan: _Plan) -> Generator[Batch, None, None]:
-        tally = _Tally(self._reader.shards, self._max_skipped_share)
+        tally = _Tally(self._reader.samples, self._max_skipped_share)
         with closing(self._pieces(plan)) as pieces:
             for own, consumed in plan.batches():
                 parts = [next(pieces) for _ in own[::_PIECE]]

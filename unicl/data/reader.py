@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,13 +19,31 @@ from torch.utils.data import Dataset
 from unicl.data.augment import UndecodableImage, open_image
 from unicl.data.order import SampleOrder, mix
 from unicl.data.prompts import PromptSampler
-from unicl.data.shards import RawSample, SampleError, ShardSet
+from unicl.data.shards import RawSample, SampleError
 
 _AUGMENTATION = int.from_bytes(b"augment")
 _CACHED_TEXTS = 32_768
 
 Transform = Callable[[Image.Image, int], Tensor]
 Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+@runtime_checkable
+class SampleSet(Protocol):
+    """Samples that can be read in any order; `unicl.data.shards.ShardSet` is one."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+
+    def read(self, index: int) -> RawSample:
+        """Return a sample; raises `SampleError` where it cannot be used."""
+
+    def label(self, index: int, text: str, key: str) -> int:
+        """Return the label of a sample."""
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return the name of what holds a sample, and its place in it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ class Reader(Dataset):
         max_image_pixels: Larger images are skipped, judged by their headers.
     """
 
-    shards: ShardSet
+    samples: SampleSet
     order: SampleOrder
     transform: Transform
     tokenize: Tokenize
@@ -74,19 +93,18 @@ class Reader(Dataset):
         """Read the samples at `count` stream positions from the first one on."""
         first, count = positions
         images, prompted, labels, keys, texts, skipped = [], [], [], [], [], []
-        table = self.shards.table()
         with _pillow_limits(self.max_image_pixels):
             for position, index in enumerate(self.order.indices(first, count).tolist(), first):
                 key = ""
                 try:
-                    sample = self.shards.read(index)
+                    sample = self.samples.read(index)
                     key = sample.key
                     text = _text(sample)
                     images.append(self._image(sample, position))
                 except SampleError as error:
                     skipped.append(Skipped(error.reason, index, key))
                     continue
-                labels.append(table.label(text, key))
+                labels.append(self.samples.label(index, text, key))
                 keys.append(key)
                 texts.append(text)
                 prompted.append(self.prompts(text, position))
@@ -111,7 +129,8 @@ class Reader(Dataset):
             raise SampleError("no image")
         seed = mix(self.seed, _AUGMENTATION, position)
         try:
-            return self.transform(open_image(sample.image), seed)
+            image = open_image(sample.image) if isinstance(sample.image, bytes) else sample.image
+            return self.transform(image, seed)
         except (UndecodableImage, OSError, SyntaxError) as error:
             bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
             bomb = isinstance(error.__cause__, bombs)

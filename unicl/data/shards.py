@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
+from PIL import Image
 
 from unicl.data.hash_table import TextHashTable
 from unicl.data.shard_index import (
@@ -44,8 +45,8 @@ class RawSample:
 
     key: str
     """Name of the sample inside its shard."""
-    image: bytes
-    """The encoded image; empty when the sample has none."""
+    image: bytes | Image.Image
+    """The encoded image, or one that is decoded; empty when the sample has none."""
     text: bytes | None
     """The text as it was stored, hopefully UTF-8; None when the sample has none."""
 
@@ -119,6 +120,10 @@ class ShardSet:
     @cached_property
     def _table(self) -> TextHashTable:
         return TextHashTable.load(self.folder)
+
+    def label(self, index: int, text: str, key: str) -> int:
+        """Return the label of a sample, which its text decides."""
+        return self._table.label(text, key)
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the name of the tar that holds a sample, and the sample's place in it."""

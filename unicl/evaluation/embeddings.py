@@ -34,6 +34,9 @@ class TwoTowers(Protocol):
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit-length fp32 embeddings [batch, dim] of images."""
 
+    def encode_image_twice(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the fp32 features [batch, width] that they are projected from."""
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Unit-length fp32 embeddings [batch, dim] of token numbers."""
 
@@ -65,6 +68,8 @@ class Embedded:
 
     embeddings: Float[Tensor, "num_samples dim"]
     """Unit-length fp32 image embeddings, on the CPU."""
+    features: Float[Tensor, "num_samples width"]
+    """What they are projected from, in fp32; of no width unless it was asked for."""
     labels: Int[Tensor, " num_samples"]
     """Labels from the text hash table."""
     texts: tuple[str, ...]
@@ -80,34 +85,42 @@ class Embedded:
 @contextmanager
 def evaluating(model: TwoTowers) -> Iterator[None]:
     """Put a model into eval mode without gradients; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    # A model in eval mode is left as it is, so that several threads can use it.
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
         module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in modules:
+            module.training = True
 
 
 def embed_images(
-    model: TwoTowers, loader: Samples, *, autocast: torch.dtype | None = None
+    model: TwoTowers,
+    loader: Samples,
+    *,
+    features: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Embedded:
     """Embed every image of one pass over a data set; ranks share the work, and all get the result.
 
     Args:
         model: the two towers.
         loader: the data set.
+        features: keep what the embeddings are projected from, too.
         autocast: type of the towers' arithmetic; None computes in the parameters' own.
 
     Raises:
         UniclError: no sample could be read, or an embedding is not finite.
     """
     ranks = loader.ranks
-    own = ranks.together(lambda: _embed_own(model, loader, autocast))
-    sizes, dims = zip(*ranks.gather_numbers(*own.embeddings.shape), strict=True)
-    parts = ranks.gather_objects(dataclasses.replace(own, embeddings=_NONE, labels=_NO_LABELS))
+    own = ranks.together(lambda: _embed_own(model, loader, features, autocast))
+    shapes = ranks.gather_numbers(*own.embeddings.shape, own.features.shape[1])
+    sizes, dims, widths = zip(*shapes, strict=True)
+    bare = dataclasses.replace(own, embeddings=_NONE, features=_NONE, labels=_NO_LABELS)
+    parts = ranks.gather_objects(bare)
     skipped: Counter[str] = Counter()
     for part in parts:
         skipped.update(part.skipped)
@@ -119,6 +132,7 @@ def embed_images(
     _require_finite(embedded, keys, "image")
     return Embedded(
         embeddings=embedded,
+        features=ranks.gather_rows(own.features.view(len(own.labels), max(widths)), sizes),
         labels=ranks.gather_rows(own.labels, sizes),
         texts=tuple(text for part in parts for text in part.texts),
         keys=keys,
@@ -127,26 +141,35 @@ def embed_images(
     )
 
 
-def _embed_own(model: TwoTowers, loader: Samples, autocast: torch.dtype | None) -> Embedded:
+def _embed_own(
+    model: TwoTowers, loader: Samples, with_features: bool, autocast: torch.dtype | None
+) -> Embedded:
     """Embed what of a data set is this rank's; that may be nothing."""
     device = device_of(model)
-    embeddings, labels = [], [_NO_LABELS]
+    embeddings, features, labels = [], [], [_NO_LABELS]
     texts: list[str] = []
     keys: list[str] = []
     contents: list[bytes] = []
     skipped: Counter[str] = Counter()
-    with evaluating(model), _autocast(device, autocast):
+    with evaluating(model), computing_in(device, autocast):
         for batch in loader.epoch():
             skipped.update(batch.skipped)
             if not batch.keys:
                 continue
-            embeddings.append(model.encode_image(batch.images.to(device)).float().cpu())
+            images = batch.images.to(device)
+            if with_features:
+                embedded, projected_from = model.encode_image_twice(images)
+                features.append(projected_from.float().cpu())
+            else:
+                embedded = model.encode_image(images)
+            embeddings.append(embedded.float().cpu())
             labels.append(batch.labels.cpu())
             texts.extend(batch.texts)
             keys.extend(batch.keys)
             contents.extend(_digest(image) for image in batch.images)
     return Embedded(
         embeddings=torch.cat(embeddings or [_NONE]),
+        features=torch.cat(features) if features else torch.empty(len(keys), 0),
         labels=torch.cat(labels),
         texts=tuple(texts),
         keys=tuple(keys),
@@ -172,7 +195,7 @@ def embed_texts(
         raise UniclError("there is no text to embed")
     device = device_of(model)
     embedded = []
-    with evaluating(model), _autocast(device, autocast):
+    with evaluating(model), computing_in(device, autocast):
         for start in range(0, len(texts), _BATCHES_PER_BLOCK * batch_size):
             tokens = tokenize(texts[start : start + _BATCHES_PER_BLOCK * batch_size])
             order = (tokens != 0).sum(dim=1).argsort(stable=True)
@@ -191,7 +214,8 @@ def device_of(model: TwoTowers) -> torch.device:
     return next(iter(model.parameters())).device
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def computing_in(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Compute in a type where it is safe; None leaves all as it is."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 

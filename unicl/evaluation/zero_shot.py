@@ -103,14 +103,10 @@ def class_embeddings(
         autocast: type of the towers' arithmetic; None computes in the parameters' own.
 
     Raises:
-        UsageError: there are no names or no templates, a name occurs twice, or a template has no
-            single place for it.
+        UsageError: there are no names or no templates, or a template has no single place for one.
     """
     if not names or not templates:
         raise UsageError("a zero-shot classifier needs at least one class name and one template")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"the class name {twice!r} occurs twice: name each class once")
     for template in templates:
         if template.count("{}") != 1 or template.count("{") != 1:
             raise UsageError(f"the template {template!r} must have {{}} once, for the class name")
@@ -130,6 +126,13 @@ def class_embeddings(
         ensemble = unique[[place[prompt] for prompt in prompts]]
         means.append(ensemble.unflatten(0, (len(chunk), len(templates))).mean(dim=1))
     return normalize(torch.cat(means), dim=1)
+
+
+def require_unique(names: Sequence[str]) -> None:
+    """Refuse class names of which one occurs twice, where the name is the answer."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"the class name {twice!r} occurs twice: name each class once")
 
 
 class ZeroShot:
@@ -160,6 +163,7 @@ class ZeroShot:
         autocast: torch.dtype | None = None,
         prefix: str = "zero_shot",
     ) -> None:
+        require_unique(names)
         if labels is None:
             labels = [text_label(name, "") for name in names]
         if len(labels) != len(names):

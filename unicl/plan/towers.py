@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicl.build import build_model
 from unicl.config import Recipe
 from unicl.engine.optimizer import parameter_groups
 from unicl.errors import UsageError
+from unicl.models import build_model
 from unicl.towers.two_tower import TwoTower
 
 # Two sizes give what grows with the rows and what does not; of one row some shapes are special.

@@ -112,9 +112,15 @@ class ImageTower(nn.Module):
         self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
     ) -> Float[Tensor, "batch embed_dim"]:
         """Return image features; bytes are normalised first, floats are taken as they are."""
+        return self.projection(self.pool(images))
+
+    def pool(
+        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+    ) -> Float[Tensor, "batch width"]:
+        """Return the backbone's features, before the projection: what a linear probe looks at."""
         if not images.is_floating_point():
             images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
-        return self.projection(self.backbone(images))
+        return self.backbone(images)
 
 
 def check_image_size(tower: nn.Module, size: int) -> None:

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -28,3 +31,13 @@ class Pretrained:
     identity: str
     """What tells its embeddings from those of other models, besides the values of the weights:
     architecture, activation, transform."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of identity and weights: models that differ in it embed differently."""
+        digest = blake2b(self.identity.encode(), digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()

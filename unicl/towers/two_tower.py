@@ -63,6 +63,20 @@ class TwoTower(nn.Module):
         """Return the unit-length embeddings of images."""
         return _unit_length(self.image(images))
 
+    def encode_image_twice(
+        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch width"]]:
+        """Return the unit-length embeddings of images, and the features they are projected from.
+
+        The latter are what a linear probe looks at; a tower without such takes what it has last.
+        """
+        tower: Any = self.image
+        if not hasattr(tower, "pool"):
+            features = tower(images)
+            return _unit_length(features), features.float()
+        pooled = tower.pool(images)
+        return _unit_length(tower.projection(pooled)), pooled.float()
+
     def encode_text(
         self,
         tokens: Int[Tensor, "batch context"],

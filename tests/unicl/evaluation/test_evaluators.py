@@ -20,6 +20,7 @@ from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
 from unicl.predictor import Predictor
 from unicl.towers.image import ImageTower
+from unicl.towers.pretrained import Pretrained
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower
 
@@ -81,7 +82,16 @@ def test_zero_shot_and_predictor_agree(shards: ShardSet, loader: Loader, model: 
     right = [guesses[0] == text for guesses, text in zip(result.guesses, TEXTS, strict=True)]
     assert evaluator(model)["zero_shot/top1"] == pytest.approx(np.mean(right))
 
-    predictor = Predictor(model, TOKENIZE, image_size=SIZE, batch_size=3)
+    pretrained = Pretrained(
+        name="small",
+        model=model,
+        tokenize=TOKENIZE,
+        transform=EvalTransform(SIZE),
+        image_size=SIZE,
+        context_length=16,
+        identity="small",
+    )
+    predictor = Predictor(pretrained, batch_size=3)
     images = [Image.open(io.BytesIO(shards.read(index).image)) for index in range(len(TEXTS))]
     predicted = predictor.classify(images, table.texts)
     for found, guesses, shares in zip(

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from unicl.data.augment import EvalTransform
 from unicl.data.hash_table import text_label
 from unicl.data.loader import Batch
 from unicl.distributed import ALONE
+from unicl.towers.pretrained import Pretrained
+from unicl.towers.two_tower import TwoTower
 
 CONTEXT = 48
 NAMES = ("cat", "dog", "red apple", "a very long name of a thing", "tree", "moon")
@@ -25,15 +28,15 @@ def tokenize(texts: Sequence[str]) -> Tensor:
     return tokens
 
 
-class ToyModel(nn.Module):
+class ToyModel(TwoTower):
     """Random projections of pixels and of letter counts, with dropout that must be off."""
 
     def __init__(self, size: int = 4, dim: int = 16) -> None:
-        super().__init__()
+        super().__init__(nn.Identity(), nn.Identity())
         generator = torch.Generator().manual_seed(0)
         self.pixels = nn.Linear(3 * size * size, dim)
         self.letters = nn.Embedding(256, dim)
-        for parameter in self.parameters():
+        for parameter in (*self.pixels.parameters(), *self.letters.parameters()):
             nn.init.normal_(parameter, generator=generator)
         self.dropout = nn.Dropout(0.5)
         self.text_batches: list[Tensor] = []
@@ -44,6 +47,9 @@ class ToyModel(nn.Module):
         features = self.pixels(images.flatten(1).float() / 255 - 0.5)
         return normalize(self.dropout(features).float(), dim=1)
 
+    def encode_image_twice(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode_image(images), images.flatten(1).float()
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         self.text_batches.append(tokens)
         features = (self.letters(tokens) * (tokens != 0)[..., None]).sum(dim=1)
@@ -51,6 +57,18 @@ class ToyModel(nn.Module):
 
     def scale(self) -> Tensor:
         return torch.tensor(10.0)
+
+
+def toy(model: ToyModel | None = None) -> Pretrained:
+    return Pretrained(
+        name="toy",
+        model=ToyModel() if model is None else model,
+        tokenize=tokenize,
+        transform=EvalTransform(4),
+        image_size=4,
+        context_length=CONTEXT,
+        identity="toy",
+    )
 
 
 class KnowingModel(ToyModel):

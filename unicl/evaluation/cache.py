@@ -1,0 +1,341 @@
+"""Embeddings on disk: a data set is embedded once per model, whatever is asked of it later.
+
+An entry is a folder of blocks, each a safetensors file of consecutive samples; an interrupted
+embedding goes on after its last complete block. The folder's name is a digest of the model's
+identity and weights, of the data, and of the arithmetic.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from unicl.data.atomic import atomic_file, write_error
+from unicl.data.loader import Batch, Loader
+from unicl.data.order import SampleOrder
+from unicl.data.prompts import PromptSampler
+from unicl.data.shards import RawSample
+from unicl.distributed import ALONE, Ranks
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.embeddings import Embedded, embed_images, embed_texts
+from unicl.evaluation.zero_shot import class_embeddings
+from unicl.towers.pretrained import Pretrained
+
+logger = logging.getLogger("unicl")
+
+# Samples that are embedded between two writes.
+_BLOCK = 8192
+_MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
+_FORMAT = 1
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images that can be read in any order, and what identifies them."""
+
+    name: str
+    """What messages and results call them."""
+    fingerprint: str
+    """Changes when the images may have changed."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+
+    def read(self, index: int) -> RawSample:
+        """Return one image; its text does not matter."""
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return the name of what holds an image, and its place in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How images and texts are embedded; no figure depends on it, but for rounding."""
+
+    batch_size: int = 256
+    """Images or texts per forward pass and rank."""
+    num_workers: int = 2
+    """Processes that read and decode."""
+    autocast: torch.dtype | None = None
+    """Type of the towers' arithmetic; None computes in the parameters' own."""
+    ranks: Ranks = ALONE
+    """The processes that share the work."""
+    cache: Path | None = None
+    """Folder of what was embedded before; None remembers nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbeddings:
+    """The images of a set that could be read, in their order."""
+
+    embeddings: Float[Tensor, "num_images dim"]
+    """Unit-length fp32 embeddings."""
+    features: Float[Tensor, "num_images width"]
+    """What they are projected from."""
+    rows: Int[Tensor, " num_images"]
+    """Number of each image in its set."""
+    skipped: dict[str, int]
+    """Images that could not be read, by reason."""
+
+
+def image_embeddings(model: Pretrained, images: Images, setting: Setting) -> ImageEmbeddings:
+    """Embed a set of images, or take what was embedded before.
+
+    Ranks share the images, and all get all of the result.
+
+    Raises:
+        UniclError: no image can be read, an embedding is not finite, or the cache cannot be
+            written.
+    """
+    blocks = list(image_blocks(model, images, setting))
+    skipped: Counter[str] = Counter()
+    for block in blocks:
+        skipped.update(block.skipped)
+    if skipped:
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in skipped.most_common())
+        logger.warning("%s: images left out (%s)", images.name, reasons)
+    if not sum(len(block.rows) for block in blocks):
+        raise UniclError(f"{images.name} has no image that can be read")
+    return ImageEmbeddings(
+        embeddings=torch.cat([block.embeddings for block in blocks]),
+        features=torch.cat([block.features for block in blocks]),
+        rows=torch.cat([block.rows for block in blocks]),
+        skipped=dict(skipped),
+    )
+
+
+def image_blocks(model: Pretrained, images: Images, setting: Setting) -> Iterator[ImageEmbeddings]:
+    """The same block by block, so that a set need not fit into memory."""
+    if not images.num_samples:
+        raise UsageError(f"{images.name} has no images")
+    entry = None
+    if setting.cache is not None:
+        key = _key(model, setting, "images", images.fingerprint)
+        entry = setting.cache / key
+        about = {"model": model.name, "images": images.name, "num_images": images.num_samples}
+        setting.ranks.together(lambda: _describe(entry, about) if setting.ranks.first else None)
+    loader = _loader(model, images, setting)
+    for start in range(0, images.num_samples, _BLOCK):
+        span = range(start, min(start + _BLOCK, images.num_samples))
+        path = entry / f"block-{start:010d}.safetensors" if entry is not None else None
+        yield _recalled(path, partial(_embed, model, loader, span, setting), setting.ranks)
+
+
+def texts_embeddings(
+    model: Pretrained, texts: Sequence[str], setting: Setting
+) -> Float[Tensor, "num_texts dim"]:
+    """Embed texts, each different one once, or take what was embedded before."""
+    unique = list(dict.fromkeys(texts))
+
+    def embed(own: Sequence[str]) -> Tensor:
+        return embed_texts(
+            model.model, own, model.tokenize, setting.batch_size, autocast=setting.autocast
+        )
+
+    rows = _texts(model, unique, setting, "texts", embed)
+    place = {text: row for row, text in enumerate(unique)}
+    return rows[[place[text] for text in texts]]
+
+
+def classifier(
+    model: Pretrained, names: Sequence[str], templates: Sequence[str], setting: Setting
+) -> Float[Tensor, "num_classes dim"]:
+    """One embedding per class, made of its prompts, or what was made before."""
+
+    def embed(own: Sequence[str]) -> Tensor:
+        return class_embeddings(
+            model.model,
+            own,
+            templates,
+            model.tokenize,
+            batch_size=setting.batch_size,
+            autocast=setting.autocast,
+        )
+
+    return _texts(model, names, setting, "classes " + json.dumps(list(templates)), embed)
+
+
+def _texts(
+    model: Pretrained,
+    texts: Sequence[str],
+    setting: Setting,
+    kind: str,
+    embed: Callable[[Sequence[str]], Tensor],
+) -> Tensor:
+    """Let the ranks share texts; what each embeds alone must not depend on the others."""
+    ranks = setting.ranks
+
+    def shared() -> Tensor:
+        if len(texts) < ranks.size:  # a rank without any could not know how wide they are
+            return ranks.together(lambda: embed(texts))
+        shares = ranks.shares(len(texts))
+        own = shares[ranks.rank]
+        rows = ranks.together(lambda: embed(texts[own.start : own.stop]))
+        return ranks.gather_rows(rows, [len(share) for share in shares])
+
+    if setting.cache is None:
+        return shared()
+    content = blake2b(json.dumps(list(texts)).encode(), digest_size=16).hexdigest()
+    path = setting.cache / f"{_key(model, setting, kind, content)}.safetensors"
+    return _recalled_tensors(path, lambda: ({"embeddings": shared()}, {}), ranks)[0]["embeddings"]
+
+
+def _key(model: Pretrained, setting: Setting, kind: str, content: str) -> str:
+    parts = [str(_FORMAT), model.fingerprint, str(setting.autocast), kind, content]
+    return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def _loader(model: Pretrained, images: Images, setting: Setting) -> Loader:
+    return Loader(
+        _Numbered(images),
+        SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
+        transform=model.transform,
+        tokenize=_no_tokens,
+        prompts=PromptSampler("none", short_text_words=0, seed=0),
+        batch_size=setting.batch_size,
+        num_workers=setting.num_workers,
+        seed=0,
+        max_image_pixels=_MAX_IMAGE_PIXELS,
+        max_skipped_share=1.0,
+        ranks=setting.ranks,
+    )
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """Images whose labels are their numbers in the set, so that their own can be looked up."""
+
+    images: Images
+
+    @property
+    def num_samples(self) -> int:
+        return self.images.num_samples
+
+    def read(self, index: int) -> RawSample:
+        sample = self.images.read(index)
+        return RawSample(sample.key, sample.image, b"")
+
+    def label(self, index: int, text: str, key: str) -> int:
+        return index
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return self.images.locate(index)
+
+
+def _no_tokens(texts: Sequence[str]) -> Tensor:
+    return torch.zeros(len(texts), 1, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Some consecutive samples of a loader."""
+
+    loader: Loader
+    span: range
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.loader.ranks
+
+    def epoch(self) -> Iterator[Batch]:
+        return self.loader.epoch(self.span)
+
+
+def _embed(model: Pretrained, loader: Loader, span: range, setting: Setting) -> ImageEmbeddings:
+    embedded: Embedded = embed_images(
+        model.model, _Span(loader, span), features=True, autocast=setting.autocast
+    )
+    return ImageEmbeddings(
+        embeddings=embedded.embeddings,
+        features=embedded.features,
+        rows=embedded.labels,
+        skipped=embedded.skipped,
+    )
+
+
+def _recalled(
+    path: Path | None, make: Callable[[], ImageEmbeddings], ranks: Ranks
+) -> ImageEmbeddings:
+    if path is None:
+        return make()
+
+    def made() -> tuple[dict[str, Tensor], dict[str, str]]:
+        block = make()
+        tensors = {
+            "embeddings": block.embeddings,
+            "features": block.features,
+            "rows": block.rows,
+        }
+        return tensors, {"skipped": json.dumps(block.skipped)}
+
+    tensors, notes = _recalled_tensors(path, made, ranks)
+    return ImageEmbeddings(**tensors, skipped=json.loads(notes["skipped"]))
+
+
+def _recalled_tensors(
+    path: Path,
+    make: Callable[[], tuple[dict[str, Tensor], dict[str, str]]],
+    ranks: Ranks,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and notes from a file; where it is not whole, make and write them.
+
+    All ranks do the one or the other: the first rank looks whether the file is there.
+    """
+    found = ranks.together(lambda: _read(path) if ranks.first else None)
+    (present,) = ranks.gather_numbers(int(found is not None))[0]
+    if present:
+        return found or ranks.together(lambda: _require(path))
+    tensors, notes = make()
+    ranks.together(lambda: _write(path, tensors, notes) if ranks.first else None)
+    return tensors, notes
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged (%s); it is made again", path, error)
+        return None
+
+
+def _require(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    read = _read(path)
+    if read is None:
+        raise UniclError(f"the first rank reads {path}, this one cannot: the cache must be shared")
+    return read
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path.parent, error) from error
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as file:
+        file.write(save(contiguous, metadata=notes))
+
+
+def _describe(entry: Path, about: dict[str, Any]) -> None:
+    """Say in the entry what it holds, for a person who cleans up."""
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(entry, error) from error
+    with atomic_file(entry / "about.json") as file:
+        file.write(json.dumps(about, indent=1).encode())

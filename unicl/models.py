@@ -1,0 +1,232 @@
+"""A model by its name: a run, a checkpoint, an exported folder, open_clip's, UniCL's release."""
+
+import contextlib
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from unicl.config import Recipe, parse_recipe
+from unicl.data.augment import EvalTransform
+from unicl.distributed import local_rank
+from unicl.engine.checkpoint import (
+    DamagedCheckpointError,
+    checkpoints,
+    load_state,
+    load_weights,
+    set_weights,
+    verify_checkpoint,
+)
+from unicl.errors import UniclError, UsageError
+from unicl.towers.image import ImageTower, read_safetensors
+from unicl.towers.pretrained import Pretrained
+from unicl.towers.text import TextTower, tokenize
+from unicl.towers.two_tower import TwoTower, carry_model
+
+logger = logging.getLogger("unicl")
+
+OPEN_CLIP = "open_clip:"
+"""What the names of open_clip's models begin with."""
+
+# Settings of a tower that change how it learns, not what it computes.
+_FOR_TRAINING = ("checkpointing", "drop_path_rate", "locked", "weights")
+
+
+def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
+    """Build the two towers with fresh weights, drawn from torch's global generator.
+
+    Args:
+        recipe: the architecture, and the weights to start from.
+        start: load those weights; others need not, if they load their own.
+
+    Raises:
+        UniclError: there are no such weights, or they do not fit.
+    """
+    image, text = recipe.image_tower, recipe.text_tower
+    model = TwoTower(
+        ImageTower(
+            image.model,
+            embed_dim=recipe.embed_dim,
+            image_size=image.image_size,
+            window_size=image.window_size,
+            drop_path_rate=image.drop_path_rate,
+            layer_scale=image.layer_scale,
+            checkpointing=image.checkpointing,
+            weights=Path(image.weights) if start and image.weights else None,
+        ),
+        TextTower(
+            width=text.width,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            mlp_width=text.mlp_width,
+            context_length=text.context_length,
+            embed_dim=recipe.embed_dim,
+            causal=text.causal,
+            checkpointing=text.checkpointing,
+        ),
+        initial_scale=recipe.loss.initial_scale,
+        max_scale=recipe.loss.max_scale,
+    )
+    if start and recipe.weights is not None:
+        file, weights = _read_model(Path(recipe.weights))
+        set_weights(carry_model(weights, model, source=file), model, source=file)
+    if image.locked:
+        model.lock("image")
+    if text.locked:
+        model.lock("text")
+    return model
+
+
+def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    """Build the function from texts to tokens of the text tower's context length."""
+    return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn "auto" into this rank's GPU where there is one; refuse a device that is not there."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not num_gpus):
+        return torch.device("cpu")
+    if device in ("auto", "cuda"):
+        device = f"cuda:{local_rank()}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        seen = f"only {num_gpus}" if num_gpus else "none"
+        raise UsageError(f"device is {device}, but of GPUs torch sees {seen}; use cpu or auto")
+    return chosen
+
+
+def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
+    """Load a model by its name, with all that its use takes; nothing is unpickled.
+
+    Args:
+        name: a run's folder or one of its checkpoints, a folder that `unicl export` wrote,
+            `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UniclError: there is no such model, or it is damaged.
+        UsageError: `device` is not there, or the model's architecture is not supported.
+    """
+    chosen = choose_device(device)
+    if str(name).startswith(OPEN_CLIP):
+        from unicl.towers.open_clip import load_open_clip  # takes seconds to import
+
+        pretrained = load_open_clip(str(name).removeprefix(OPEN_CLIP))
+    elif Path(name).suffix in (".pth", ".pt"):
+        from unicl.towers.release import load_release
+
+        pretrained = load_release(Path(name))
+    else:
+        pretrained = _load_own(Path(name))
+    pretrained.model.to(chosen).eval()
+    return pretrained
+
+
+def _load_own(path: Path) -> Pretrained:
+    model, recipe = load_model(path)
+    transform = EvalTransform(recipe.image_tower.image_size)
+    architecture = {
+        tower: {k: v for k, v in asdict(config).items() if k not in _FOR_TRAINING}
+        for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower))
+    }
+    return Pretrained(
+        name=str(path),
+        model=model,
+        tokenize=build_tokenizer(recipe),
+        transform=transform,
+        image_size=recipe.image_tower.image_size,
+        context_length=recipe.text_tower.context_length,
+        identity=json.dumps({"crop": transform.crop, **architecture}, sort_keys=True),
+    )
+
+
+def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
+    """Load the model of a run's best checkpoint, or of its newest if it kept no best.
+
+    Nothing is unpickled.
+
+    Args:
+        path: the run's folder, or one checkpoint inside of it.
+
+    Raises:
+        UniclError: there is no such run or checkpoint, or it is damaged.
+    """
+    path = Path(path)
+    recipe = read_recipe(_run_of(path))
+    model = build_model(recipe, start=False)
+    load_weights(_weights_of(path), model)
+    return model.eval(), recipe
+
+
+def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Read the weights that a run, a checkpoint or a file has, and say from which file."""
+    if path.suffix != ".safetensors":
+        if not path.is_dir():
+            raise UsageError(f"weights names no run, checkpoint or .safetensors file: {path}")
+        path = _weights_of(path)
+    return path, read_safetensors(path, key="weights")
+
+
+def _run_of(path: Path) -> Path:
+    """Return the folder of the run, given it or one of its checkpoints."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _weights_of(path: Path) -> Path:
+    """Return the file with the weights of a run or checkpoint, once it is known to be whole.
+
+    These are the averaged ones where the run keeps an average.
+    """
+    averages = read_recipe(_run_of(path)).optimizer.ema_decay is not None
+    name = "ema.safetensors" if averages else "model.safetensors"
+    if _run_of(path) == path:
+        path = _best_checkpoint(path, name)
+    elif path.is_dir():
+        verify_checkpoint(path, only=name)
+    else:
+        raise UniclError(f"there is no checkpoint {path}")
+    return path / name
+
+
+def _best_checkpoint(run: Path, file: str) -> Path:
+    """Return a run's best checkpoint, or its newest, of those that have the file whole."""
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise UniclError(f"{run} has no checkpoint yet; train it a little longer")
+    best = None
+    with contextlib.suppress(DamagedCheckpointError):
+        best = load_state(found[-1])["best"]
+    wanted = f"step-{best[1]:08d}" if best else found[-1].name
+    # Sorting is stable: after the wanted one the newest comes first.
+    for path in sorted(reversed(found), key=lambda path: path.name != wanted):
+        try:
+            verify_checkpoint(path, only=file)
+        except DamagedCheckpointError as error:
+            logger.warning("%s; looking for another checkpoint", error)
+        else:
+            return path
+    raise UniclError(f"no checkpoint of {run} is whole; train it again, with another --out")
+
+
+def read_recipe(run: Path) -> Recipe:
+    """Read the full configuration that a run's folder holds."""
+    path = run / "recipe.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        inside = sorted(run.glob("*/recipe.toml"))
+        hint = f"; perhaps you mean {inside[0].parent}" if inside else ""
+        raise UniclError(
+            f"{run} is not a run: cannot read {path}: {error.strerror}{hint}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UniclError(f"{path} is damaged: it is not UTF-8 text") from error
+    return parse_recipe(text, source=str(path))
