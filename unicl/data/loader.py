@@ -104,7 +104,7 @@ class _Plan(Sampler[tuple[int, int]]):
 class _Tally:
     """Counts what was skipped, and stops the run when it becomes too much."""
 
-    def __init__(self, samples: SampleSet, max_skipped_share: float) -> None:
+    def __init__(self, samples: SampleSet, max_skipped_share: float | None) -> None:
         self._locate = samples.locate
         self._max_skipped_share = max_skipped_share
         self._num_read = 0
@@ -125,10 +125,13 @@ class _Tally:
         num_skipped = self._reasons.total()
         if not num_skipped or not (last or self._num_read >= _FEWEST_TO_JUDGE):
             return
-        if num_skipped > self._max_skipped_share * self._num_read or num_skipped == self._num_read:
+        limit = self._max_skipped_share
+        if limit is not None and (
+            num_skipped > limit * self._num_read or num_skipped == self._num_read
+        ):
             raise UniclError(
                 f"{self._message(num_skipped)}: prepare the data again, or raise "
-                f"data.max_skipped_share from {self._max_skipped_share:g}"
+                f"data.max_skipped_share from {limit:g}"
             )
         if last:
             logger.warning("%s", self._message(num_skipped))
@@ -155,7 +158,7 @@ class Loader:
         num_workers: Processes that do the work; 0 does it in this one. The batches do not differ.
         max_image_pixels: Larger images are skipped, judged by their headers.
         max_skipped_share: More skipped samples than this share, of at least 100 or of a whole pass,
-            end the run.
+            end the run; None tells what was skipped, and lets the caller judge.
         ranks: The processes that share the data; this one reads its own part only.
 
     Raises:
@@ -174,7 +177,7 @@ class Loader:
         num_workers: int,
         seed: int,
         max_image_pixels: int,
-        max_skipped_share: float,
+        max_skipped_share: float | None,
         ranks: Ranks = ALONE,
     ) -> None:
         if batch_size < 1:

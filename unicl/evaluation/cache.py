@@ -104,9 +104,6 @@ def image_embeddings(model: Pretrained, images: Images, setting: Setting) -> Ima
     skipped: Counter[str] = Counter()
     for block in blocks:
         skipped.update(block.skipped)
-    if skipped:
-        reasons = ", ".join(f"{count}: {reason}" for reason, count in skipped.most_common())
-        logger.warning("%s: images left out (%s)", images.name, reasons)
     if not sum(len(block.rows) for block in blocks):
         raise UniclError(f"{images.name} has no image that can be read")
     return ImageEmbeddings(
@@ -209,7 +206,7 @@ def _loader(model: Pretrained, images: Images, setting: Setting) -> Loader:
         num_workers=setting.num_workers,
         seed=0,
         max_image_pixels=_MAX_IMAGE_PIXELS,
-        max_skipped_share=1.0,
+        max_skipped_share=None,
         ranks=setting.ranks,
     )
 
@@ -297,7 +294,7 @@ def _recalled_tensors(
     found = ranks.together(lambda: _read(path) if ranks.first else None)
     (present,) = ranks.gather_numbers(int(found is not None))[0]
     if present:
-        return found or ranks.together(lambda: _require(path))
+        return ranks.together(lambda: found or _require(path))
     tensors, notes = make()
     ranks.together(lambda: _write(path, tensors, notes) if ranks.first else None)
     return tensors, notes

@@ -1,0 +1,182 @@
+"""Embeddings on disk: made once, exact for any number of ranks, whole or made again."""
+
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from tests.unicl.evaluation.toys import NAMES, TEMPLATES, ToyModel, toy
+from tests.unicl.ranks import on_ranks
+from unicl.data.shards import RawSample, SampleError
+from unicl.distributed import Ranks
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation import cache
+from unicl.evaluation.cache import (
+    Setting,
+    classifier,
+    image_blocks,
+    image_embeddings,
+    texts_embeddings,
+)
+from unicl.evaluation.embeddings import embed_texts
+from unicl.evaluation.zero_shot import class_embeddings
+
+
+@dataclass
+class Noise:
+    """Pictures of noise, encoded or decoded, some of which are damaged."""
+
+    num_samples: int = 10
+    damaged: tuple[int, ...] = ()
+    decoded: bool = False
+    fingerprint: str = "noise"
+    name: str = "noise"
+
+    def read(self, index: int) -> RawSample:
+        if index in self.damaged:
+            raise SampleError("truncated tar")
+        pixels = np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        if self.decoded:
+            return RawSample(f"{index}", image, None)
+        file = BytesIO()
+        image.save(file, "PNG")
+        return RawSample(f"{index}", file.getvalue(), None)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return "noise", index
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_BLOCK", 4)
+
+
+def setting(folder: Path | None, **changes: object) -> Setting:
+    return replace(Setting(batch_size=3, num_workers=0, cache=folder), **changes)
+
+
+def count_forwards(model: ToyModel) -> list[bool]:
+    model.autocast.clear()
+    return model.autocast
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_set_is_embedded_once(tmp_path: Path, decoded: bool) -> None:
+    model = toy()
+    images = Noise(decoded=decoded)
+    first = image_embeddings(model, images, setting(tmp_path))
+    assert first.rows.tolist() == list(range(10))
+    assert first.embeddings.shape == (10, 16)
+    assert first.features.shape == (10, 48)
+    forwards = count_forwards(model.model)
+    again = image_embeddings(model, images, setting(tmp_path))
+    assert not forwards
+    torch.testing.assert_close(again.embeddings, first.embeddings, rtol=0, atol=0)
+    torch.testing.assert_close(again.features, first.features, rtol=0, atol=0)
+    fresh = image_embeddings(model, images, setting(None))
+    torch.testing.assert_close(fresh.embeddings, first.embeddings, rtol=0, atol=0)
+
+
+def test_the_key_knows_model_data_and_arithmetic(tmp_path: Path) -> None:
+    def made(model: ToyModel, images: Noise, **changes: object) -> bool:
+        pretrained = toy(model)
+        forwards = count_forwards(model)
+        image_embeddings(pretrained, images, setting(tmp_path, **changes))
+        return bool(forwards)
+
+    assert made(ToyModel(), Noise())
+    assert not made(ToyModel(), Noise())
+    assert not made(ToyModel(), Noise(), batch_size=5)
+    assert made(ToyModel(), Noise(fingerprint="other noise"))
+    assert made(ToyModel(), Noise(), autocast=torch.bfloat16)
+    other = ToyModel()
+    with torch.no_grad():
+        other.pixels.bias[0] += 1e-3
+    assert made(other, Noise())
+
+
+def test_an_interrupted_embedding_goes_on(tmp_path: Path) -> None:
+    model = toy()
+    blocks = image_blocks(model, Noise(), setting(tmp_path))
+    first = next(blocks)
+    blocks.close()
+    forwards = count_forwards(model.model)
+    embedded = image_embeddings(model, Noise(), setting(tmp_path))
+    assert len(forwards) == 3  # two batches of the second block, one of the third
+    torch.testing.assert_close(embedded.embeddings[:4], first.embeddings, rtol=0, atol=0)
+
+
+def test_a_damaged_block_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = toy()
+    expected = image_embeddings(model, Noise(), setting(tmp_path))
+    block = sorted(tmp_path.rglob("*.safetensors"))[1]
+    block.write_bytes(block.read_bytes()[:-8])
+    again = image_embeddings(model, Noise(), setting(tmp_path))
+    assert "is damaged" in caplog.text
+    torch.testing.assert_close(again.embeddings, expected.embeddings, rtol=0, atol=0)
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = Noise(damaged=(1, 8))
+    for _ in range(2):
+        embedded = image_embeddings(toy(), images, setting(tmp_path))
+        assert embedded.rows.tolist() == [0, 2, 3, 4, 5, 6, 7, 9]
+        assert embedded.skipped == {"truncated tar": 2}
+    assert "(truncated tar: 1)" in caplog.text
+
+
+def test_nothing_to_embed() -> None:
+    with pytest.raises(UsageError, match="noise has no images"):
+        image_embeddings(toy(), Noise(0), setting(None))
+    with pytest.raises(UniclError, match="there is no readable sample to evaluate on"):
+        image_embeddings(toy(), Noise(3, damaged=(0, 1, 2)), setting(None))
+
+
+def test_texts_are_embedded_once(tmp_path: Path) -> None:
+    model = toy()
+    texts = ["cat", "dog", "cat", "moon"]
+    expected = embed_texts(model.model, texts, model.tokenize)
+    model.model.text_batches.clear()
+    for _ in range(2):
+        embedded = texts_embeddings(model, texts, setting(tmp_path))
+        torch.testing.assert_close(embedded, expected)
+    assert sum(len(batch) for batch in model.model.text_batches) == 3
+    classes = class_embeddings(model.model, NAMES, TEMPLATES, model.tokenize)
+    model.model.text_batches.clear()
+    for _ in range(2):
+        made = classifier(model, NAMES, TEMPLATES, setting(tmp_path))
+        torch.testing.assert_close(made, classes)
+    assert sum(len(b) for b in model.model.text_batches) == len(NAMES) * len(TEMPLATES)
+
+
+def embed_on_ranks(folder: Path) -> None:
+    cache._BLOCK = 4
+    alone, shared = setting(None), setting(folder, ranks=Ranks(dist.group.WORLD))
+    model, images = toy(), Noise(damaged=(5,))
+    for _ in range(2):
+        embedded = image_embeddings(model, images, shared)
+        expected = image_embeddings(model, images, alone)
+        torch.testing.assert_close(embedded.embeddings, expected.embeddings)
+        torch.testing.assert_close(embedded.features, expected.features)
+        assert embedded.rows.tolist() == expected.rows.tolist()
+        for names in (NAMES, NAMES[:2]):
+            torch.testing.assert_close(
+                classifier(model, names, TEMPLATES, shared),
+                classifier(model, names, TEMPLATES, alone),
+            )
+
+
+def test_ranks_share_the_work_and_get_all_of_it(tmp_path: Path) -> None:
+    on_ranks(3, embed_on_ranks, tmp_path)
+    model = toy()
+    forwards = count_forwards(model.model)
+    image_embeddings(model, Noise(damaged=(5,)), setting(tmp_path))
+    assert not forwards
