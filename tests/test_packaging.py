@@ -39,6 +39,7 @@ def test_the_wheel_holds_code_recipes_and_types(wheel):
     names = wheel.namelist()
     for expected in (
         "unicl/config/recipes/demo.toml",
+        "unicl/data/assets/clip_classes.json",
         "unicl/py.typed",
         "cosswin/py.typed",
         "cosswin/model.py",

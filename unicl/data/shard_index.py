@@ -182,22 +182,38 @@ def _no_description(folder: Path) -> str:
 def scan_tar(path: Path) -> tuple[list[Members], bool]:
     """List the samples of a WebDataset tar; the second value says whether that is the whole tar.
 
-    As WebDataset does, neighbouring members with one key form a sample.
-
     Raises:
         UniclError: The file cannot be read, or is not an uncompressed tar.
     """
     samples: list[Members] = []
+    for sample in tar_samples(path):
+        if sample is None:
+            return samples, False
+        key, found = sample
+        image = next((found[name] for name in IMAGE_EXTENSIONS if name in found), MISSING)
+        samples.append(Members(key, image, found.get(TEXT_EXTENSION, MISSING)))
+    return samples, True
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]] | None]:
+    """Go through a WebDataset tar: each sample's key, and offset and size by extension.
+
+    As WebDataset does, neighbouring members with one key form a sample. None comes last if the tar
+    was cut short.
+
+    Raises:
+        UniclError: The file cannot be read, or is not an uncompressed tar.
+    """
     files = _tar_files(path)
     for key, members in groupby(
         files, key=lambda member: "" if member is None else _key(member.name)
     ):
-        found = {_extension(member.name): member for member in members if member is not None}
-        if not found:
-            return samples, False
-        image = next((found[name] for name in IMAGE_EXTENSIONS if name in found), None)
-        samples.append(Members(key, _place(image), _place(found.get(TEXT_EXTENSION))))
-    return samples, True
+        found = {
+            _extension(member.name): (member.offset_data, member.size)
+            for member in members
+            if member is not None
+        }
+        yield (key, found) if found else None
 
 
 def _tar_files(path: Path) -> Iterator[TarInfo | None]:
@@ -238,7 +254,3 @@ def _key(name: str) -> str:
 
 def _extension(name: str) -> str:
     return split_name(name)[1]
-
-
-def _place(member: TarInfo | None) -> tuple[int, int]:
-    return MISSING if member is None else (member.offset_data, member.size)

@@ -147,6 +147,15 @@ class ShardSet:
         image, text = self._tars[shard].read(members)
         return RawSample(members.key, image or b"", text)
 
+    def read_text(self, index: int) -> bytes | None:
+        """Return a sample's text as `read` does, without reading its image.
+
+        Raises:
+            SampleError: The tar is truncated or gone, or its index is damaged.
+        """
+        shard, row = self._place(index)
+        return self._tars[shard].text(self._indices[shard][row])
+
     def _load_index(self, shard: int) -> ShardIndex:
         path = self.folder / index_name(self.shard_names[shard])
         return ShardIndex.load(path, num_samples=int(self.shard_sizes[shard]))
@@ -199,6 +208,10 @@ class _Tar:
             both[image_start : image_start + image_size],
             both[text_start : text_start + text_size],
         )
+
+    def text(self, members: Members) -> bytes | None:
+        """Return the text of a sample, None if it has none."""
+        return self._member(members.key, *members.text)
 
     def _member(self, key: str, start: int, size: int) -> bytes | None:
         return None if (start, size) == MISSING else self._bytes(key, start, size)

@@ -118,7 +118,7 @@ class ClassFolder:
         self.name = str(folder)
         self._folder = folder
         try:
-            folders = sorted(path for path in folder.iterdir() if _visible_folder(path))
+            folders = sorted(path for path in folder.iterdir() if visible_folder(path))
             paths = [
                 path.relative_to(folder)
                 for class_folder in folders
@@ -132,7 +132,7 @@ class ClassFolder:
         self._paths = sorted(paths, key=lambda path: (blake2b(bytes(path)).digest(), path))
         self.info: dict[str, Any] = {
             "source": "class folder",
-            "classes": [_class_name(path.name) for path in folders],
+            "classes": [class_name(path.name) for path in folders],
         }
 
     def num_entries(self, split: str) -> int:
@@ -142,7 +142,7 @@ class ClassFolder:
     def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
         """Go through the files of all classes, mixed."""
         for number, path in enumerate(self._paths):
-            text = _class_name(path.parts[0])
+            text = class_name(path.parts[0])
             yield _entry(number, self._folder / path, text, where=str(path))
 
 
@@ -281,9 +281,11 @@ def _key(number: int, path: Path) -> str:
     return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', path.stem)[:80]}"
 
 
-def _class_name(folder_name: str) -> str:
+def class_name(folder_name: str) -> str:
+    """Return the name of the class whose images lie in a folder of this name."""
     return " ".join(folder_name.replace("_", " ").split())
 
 
-def _visible_folder(path: Path) -> bool:
+def visible_folder(path: Path) -> bool:
+    """Say whether a path is a folder that a person sees."""
     return path.is_dir() and not path.name.startswith(".")

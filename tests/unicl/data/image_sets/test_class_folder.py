@@ -1,0 +1,92 @@
+import pytest
+from torchvision.datasets import ImageFolder
+
+from tests.unicl.data.image_sets.layouts import picture
+from unicl.data.image_sets import open_image_set
+from unicl.errors import UsageError
+
+
+def opened(folder, split="test"):
+    return open_image_set(str(folder), split=split, root=folder)
+
+
+def named(found):
+    return {
+        found.locate(index)[0]: found.class_names[number]
+        for index, number in enumerate(found.targets)
+    }
+
+
+def test_a_folder_without_parts(tmp_path):
+    for number, name in enumerate(("golden_retriever/a.png", "cat/deep/b.JPG", "cat/c.webp")):
+        picture(tmp_path / name, number)
+    (tmp_path / "cat/notes.txt").write_text("no image")
+    (tmp_path / ".git").mkdir()
+    found = opened(tmp_path)
+    assert found.class_names == ("cat", "golden retriever")
+    assert named(found) == {
+        "cat/c.webp": "cat",
+        "cat/deep/b.JPG": "cat",
+        "golden_retriever/a.png": "golden retriever",
+    }
+    assert (found.split, found.splits, found.metric) == ("", (), "top1")
+    assert found.templates == ("a photo of a {}.",)
+    assert found.read(0).image == (tmp_path / "cat/c.webp").read_bytes()
+    with pytest.raises(UsageError, match=r"is one part, .*; give its train images as a set"):
+        opened(tmp_path, "train")
+
+
+def test_parts_share_their_classes(tmp_path):
+    for part, names in (("train", "abc"), ("val", "bd"), ("test", "c")):
+        for number, name in enumerate(names):
+            picture(tmp_path / part / name / "1.png", number)
+    for part in ("train", "val", "test"):
+        found = opened(tmp_path, part)
+        assert found.class_names == ("a", "b", "c", "d")
+        assert found.splits == ("train", "val", "test")
+        theirs = ImageFolder(tmp_path / part)
+        assert list(named(found).values()) == [theirs.classes[label] for label in theirs.targets]
+    with pytest.raises(UsageError, match="has no split 'held_out'; it has train, val, test"):
+        opened(tmp_path, "held_out")
+
+
+def test_val_is_the_test_where_there_is_no_other(tmp_path):
+    for part in ("train", "val"):
+        picture(tmp_path / part / "cat" / f"{part}.png")
+    found = opened(tmp_path)
+    assert found.locate(0) == ("cat/val.png", 0)
+    assert found.splits == ("train", "test")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("train", "plane"):
+        picture(tmp_path / name / "1.png")
+    assert opened(tmp_path).class_names == ("plane", "train")
+
+
+def test_names_and_templates_beside(tmp_path):
+    for name in ("n01", "n02"):
+        picture(tmp_path / "test" / name / "1.png")
+    (tmp_path / "classnames.txt").write_text("crane\ncrane\n")
+    (tmp_path / "templates.txt").write_text("a drawing of a {c}.\n\nthe {}\n")
+    found = opened(tmp_path)
+    assert found.class_names == ("crane", "crane"), "names may be equal, numbers are not"
+    assert found.targets.tolist() == [0, 1]
+    assert found.templates == ("a drawing of a {}.", "the {}")
+    (tmp_path / "classnames.txt").write_text("crane\n")
+    with pytest.raises(UsageError, match="has 1 names for 2 folders of classes"):
+        opened(tmp_path)
+    (tmp_path / "classnames.txt").unlink()
+    for text, message in (("a photo", "must have {} once"), ("\n", "has no templates")):
+        (tmp_path / "templates.txt").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            opened(tmp_path)
+    (tmp_path / "templates.txt").write_bytes(b"\xe9 {}")
+    with pytest.raises(UsageError, match="is no text in UTF-8"):
+        opened(tmp_path)
+
+
+def test_classes_without_images(tmp_path):
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UsageError, match="holds no images"):
+        opened(tmp_path)

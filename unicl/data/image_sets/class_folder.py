@@ -1,0 +1,115 @@
+"""A folder of one folder of images per class, perhaps in parts: FOLDER[/PART]/CLASS/IMAGE.
+
+The parts are `train`, `val` and `test`. In FOLDER may lie `classnames.txt`, a better name per line
+for the folders of classes in their order, and `templates.txt`, a prompt per line.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.folder import make_dataset
+
+from unicl.data.image_sets.clip_classes import DEFAULT_TEMPLATES
+from unicl.data.image_sets.image_set import ClassificationSet, require_split, require_whole
+from unicl.data.image_sets.images import ImageFiles
+from unicl.data.shard_index import IMAGE_EXTENSIONS
+from unicl.data.sources import class_name, visible_folder
+from unicl.errors import UsageError
+
+_PARTS = ("train", "val", "test")
+_EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+
+
+def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
+    """Open a part of a folder of class folders; see `opening.open_image_set`.
+
+    The classes are those of all parts together, so that their numbers agree.
+    """
+    parts = _parts(folder)
+    if parts:
+        require_split(str(folder), split, tuple(parts))
+    else:
+        require_whole(str(folder), split)
+    part = parts.get(split, folder)
+    names = sorted({path.name for each in parts.values() or [folder] for path in _folders(each)})
+    if not names:
+        raise UsageError(
+            f"{folder} is no image set; expected CLASS/IMAGE.jpg in it (or in train, val, test), "
+            "CLIP_benchmark's test/nshards.txt, or dataset.json of prepared shards"
+        )
+    present = {name: number for number, name in enumerate(names) if (part / name).is_dir()}
+    found = make_dataset(part, present, extensions=_EXTENSIONS, allow_empty=True)
+    return ClassificationSet(
+        name=str(folder),
+        split=split if parts else "",
+        splits=tuple(parts),
+        images=ImageFiles(part, [str(Path(path).relative_to(part)) for path, _ in found]),
+        class_names=_class_names(folder, names),
+        templates=read_templates(folder / "templates.txt"),
+        targets=np.array([number for _, number in found], np.int64),
+        metric="top1",
+    )
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """The folders of the parts by split; none if there is any other folder beside them."""
+    found = {path.name for path in _folders(folder)}
+    # A class may well be called "train".
+    if not found or not found <= set(_PARTS):
+        return {}
+    if "val" in found and "test" not in found:
+        names = {"train": "train", "test": "val"}
+    else:
+        names = {name: name for name in _PARTS}
+    return {split: folder / name for split, name in names.items() if name in found}
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if visible_folder(path)]
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
+    path = folder / "classnames.txt"
+    lines = read_lines(path)
+    if lines is None:
+        return tuple(class_name(name) for name in names)
+    if len(lines) != len(names):
+        raise UsageError(f"{path} has {len(lines)} names for {len(names)} folders of classes")
+    return tuple(lines)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Read prompt templates, one a line, with `{}` or CLIP_benchmark's `{c}` for the class.
+
+    Raises:
+        UsageError: A template has no single place for the class, or there are none.
+    """
+    lines = read_lines(path)
+    if lines is None:
+        return DEFAULT_TEMPLATES
+    templates = tuple(line.replace("{c}", "{}") for line in lines if line)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UsageError(f"{path}: {template!r} must have {{}} once, for the class name")
+    if not templates:
+        raise UsageError(f"{path} has no templates; remove it or write one a line")
+    return templates
+
+
+def read_lines(path: Path) -> list[str] | None:
+    """Read the lines of a file, stripped; None if there is no such file.
+
+    Raises:
+        UsageError: It is not UTF-8 text, or cannot be read.
+    """
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8; save it as one") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
