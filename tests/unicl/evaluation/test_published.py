@@ -1,0 +1,50 @@
+from statistics import mean
+
+import pytest
+
+from unicl.data.image_sets import KNOWN_SETS, LINEAR_PROBE_SETS, ZERO_SHOT_SETS
+from unicl.data.image_sets.public import PUBLIC_SETS
+from unicl.evaluation.published import PUBLISHED, published
+
+
+@pytest.mark.parametrize(
+    ("task", "names"), [("zero_shot", ZERO_SHOT_SETS), ("linear_probe", LINEAR_PROBE_SETS)]
+)
+def test_the_papers_tables_have_every_set_by_its_own_metric(task, names):
+    tables = [row for row in PUBLISHED if row.task == task]
+    assert [row.model.split()[0] for row in tables] == ["Florence", "CLIP"]
+    for row in tables:
+        assert tuple(row.figures) == names
+        for name, figures in row.figures.items():
+            assert PUBLIC_SETS[name].metric in figures
+
+
+@pytest.mark.parametrize(
+    ("task", "lost"), [("zero_shot", {"cifar10"}), ("linear_probe", {"cifar10", "cifar100"})]
+)
+def test_florence_loses_to_clip_where_its_text_says(task, lost):
+    florence, clip = (row.figures for row in PUBLISHED if row.task == task)
+    metrics = {name: PUBLIC_SETS[name].metric for name in florence}
+    behind = {name for name, key in metrics.items() if florence[name][key] < clip[name][key]}
+    assert behind == lost
+
+
+@pytest.mark.parametrize(("shots", "average"), [(5, 68.5), (20, 76.4), (50, 79.5)])
+def test_few_shot_means_are_the_papers(shots, average):
+    (row,) = (row for row in PUBLISHED if row.task == "few_shot")
+    figures = [values[f"{shots}_shot"] for values in row.figures.values()]
+    assert mean(figures) == pytest.approx(average, abs=0.051)
+
+
+def test_a_set_has_what_is_published_of_it():
+    rows = published("retrieval", "coco")
+    assert [row.figures["coco"]["i2t_r1"] for row in rows] == [64.7, 58.4]
+    assert published("retrieval", "digits") == ()
+    for row in PUBLISHED:
+        assert all(
+            0 < value <= 100 for figures in row.figures.values() for value in figures.values()
+        )
+        if row.task != "few_shot":
+            assert set(row.figures) <= set(KNOWN_SETS)
+        assert row.source
+        assert row.protocol

@@ -1,0 +1,166 @@
+"""Figures that Florence's and CLIP's papers report, to stand beside one's own.
+
+All are in percent, as printed. A set is named as in `unicl.data.image_sets`, a metric as there or
+as the evaluators name it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal[
+    "zero_shot", "linear_probe", "fine_tune", "few_shot", "retrieval", "retrieval_fine_tuned"
+]
+Figures = Mapping[str, Mapping[str, float]]
+
+# The columns of Florence's table 1, with the metrics of CLIP's protocol; table 2 lacks the last.
+_COLUMNS = (
+    ("food101", "top1"),
+    ("cifar10", "top1"),
+    ("cifar100", "top1"),
+    ("sun397", "top1"),
+    ("cars", "top1"),
+    ("aircraft", "mean_per_class"),
+    ("voc2007", "map11"),
+    ("dtd", "top1"),
+    ("pets", "mean_per_class"),
+    ("caltech101", "mean_per_class"),
+    ("flowers", "mean_per_class"),
+    ("imagenet", "top1"),
+)
+_ZERO_SHOT = "class names in CLIP's prompt templates, their mean; nothing trained on the set"
+_PROBE = "logistic regression on the frozen image tower, by CLIP's implementation"
+_RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
+_RETRIEVAL = "cosine similarity; Karpathy's test splits, 1,000 images of Flickr30k, 5,000 of COCO"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What one paper reports of one model for one task."""
+
+    model: str
+    """Its name in the paper."""
+    task: Task
+    """What was done with it."""
+    resolution: int | None
+    """Side of its images in pixels; None where the paper does not say."""
+    protocol: str
+    """How it was done, where one's own way may differ."""
+    source: str
+    """The paper and its table."""
+    figures: Figures
+    """Percent by set and metric."""
+
+
+def published(task: Task, name: str) -> tuple[Published, ...]:
+    """Return what is published of a task on a set; nothing for a set that no paper has."""
+    return tuple(row for row in PUBLISHED if row.task == task and name in row.figures)
+
+
+def _by_set(*values: float) -> dict[str, dict[str, float]]:
+    # An eleventh value ends the columns of the linear probe.
+    columns = _COLUMNS[: len(values)]
+    return {name: {metric: value} for (name, metric), value in zip(columns, values, strict=True)}
+
+
+def _recalls(*values: float) -> dict[str, float]:
+    return dict(zip(_RECALLS, values, strict=True))
+
+
+def _shots(*values: float) -> dict[str, float]:
+    return dict(zip(("5_shot", "20_shot", "50_shot"), values, strict=True))
+
+
+_FLORENCE_ZERO_SHOT = _by_set(
+    95.1, 94.6, 77.6, 77.0, 93.2, 55.5, 85.5, 66.4, 95.9, 94.7, 86.2, 83.74
+)
+_FLORENCE_ZERO_SHOT["imagenet"]["top5"] = 97.18
+
+PUBLISHED = (
+    Published(
+        model="Florence (CoSwin-H)",
+        task="zero_shot",
+        resolution=384,
+        protocol=_ZERO_SHOT,
+        source="Florence, section 3.1 and table 1",
+        figures=_FLORENCE_ZERO_SHOT,
+    ),
+    Published(
+        model="CLIP (ViT-L/14)",
+        task="zero_shot",
+        resolution=336,
+        protocol=_ZERO_SHOT,
+        source="CLIP, table 11; Florence, table 1",
+        figures=_by_set(93.8, 95.7, 77.5, 68.4, 78.8, 37.2, 84.3, 55.7, 93.5, 92.8, 78.3, 76.2),
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="linear_probe",
+        resolution=384,
+        protocol=_PROBE,
+        source="Florence, section 3.2 and table 2",
+        figures=_by_set(96.2, 97.6, 87.1, 84.2, 95.7, 83.9, 90.5, 86.0, 96.4, 96.6, 99.7),
+    ),
+    Published(
+        model="CLIP (ViT-L/14)",
+        task="linear_probe",
+        resolution=336,
+        protocol=_PROBE,
+        source="CLIP, table 10; Florence, table 2",
+        figures=_by_set(95.9, 97.9, 87.4, 82.2, 91.5, 71.6, 89.9, 83.0, 95.1, 96.0, 99.2),
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="fine_tune",
+        resolution=512,
+        protocol="UniCL loss with class prompts; batch 8,192, 10 epochs, peak learning rate 2e-5",
+        source="Florence, section 3.3 and table 3",
+        figures={"imagenet": {"top1": 90.05, "top5": 99.02}},
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="few_shot",
+        resolution=None,
+        protocol="CD-FSL: 5 classes, 600 episodes; linear head and backbone, 100 epochs, mirrored",
+        source="Florence, section 3.4 and table 4",
+        figures={
+            "isic": _shots(57.1, 72.9, 78.3),
+            "eurosat": _shots(90.0, 95.8, 97.1),
+            "cropdisease": _shots(97.7, 99.3, 99.6),
+            "chestx": _shots(29.3, 37.5, 42.8),
+        },
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="retrieval",
+        resolution=None,
+        protocol=_RETRIEVAL,
+        source="Florence, section 3.5 and table 5",
+        figures={
+            "flickr30k": _recalls(90.9, 99.1, 76.7, 93.6),
+            "coco": _recalls(64.7, 85.9, 47.2, 71.4),
+        },
+    ),
+    Published(
+        model="CLIP (ViT-L/14)",
+        task="retrieval",
+        resolution=336,
+        protocol=_RETRIEVAL,
+        source="CLIP, table 13; Florence, table 5",
+        figures={
+            "flickr30k": _recalls(88.0, 98.7, 68.7, 90.6),
+            "coco": _recalls(58.4, 81.5, 37.8, 62.4),
+        },
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="retrieval_fine_tuned",
+        resolution=None,
+        protocol=f"{_RETRIEVAL}; fine-tuned: batch 3,072, 12 epochs, peak learning rate 2e-5",
+        source="Florence, section 3.5 and table 5",
+        figures={
+            "flickr30k": _recalls(97.2, 99.9, 87.9, 98.1),
+            "coco": _recalls(81.8, 95.2, 63.2, 85.7),
+        },
+    ),
+)
