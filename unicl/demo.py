@@ -167,7 +167,7 @@ def _predictions(
 def _images_by_key(folder: Path) -> dict[str, bytes]:
     shards = ShardSet.open(folder)
     samples = (shards.read(index) for index in range(shards.num_samples))
-    return {s.key: s.image for s in samples if isinstance(s.image, bytes)}
+    return {sample.key: sample.image for sample in samples}
 
 
 def _report(

@@ -129,8 +129,7 @@ class Reader(Dataset):
             raise SampleError("no image")
         seed = mix(self.seed, _AUGMENTATION, position)
         try:
-            image = open_image(sample.image) if isinstance(sample.image, bytes) else sample.image
-            return self.transform(image, seed)
+            return self.transform(open_image(sample.image), seed)
         except (UndecodableImage, OSError, SyntaxError) as error:
             bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
             bomb = isinstance(error.__cause__, bombs)

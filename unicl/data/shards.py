@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
-from PIL import Image
 
 from unicl.data.hash_table import TextHashTable
 from unicl.data.shard_index import (
@@ -45,8 +44,8 @@ class RawSample:
 
     key: str
     """Name of the sample inside its shard."""
-    image: bytes | Image.Image
-    """The encoded image, or one that is decoded; empty when the sample has none."""
+    image: bytes
+    """The encoded image; empty when the sample has none."""
     text: bytes | None
     """The text as it was stored, hopefully UTF-8; None when the sample has none."""
 

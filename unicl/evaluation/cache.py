@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from unicl.data.atomic import atomic_file, write_error
+from unicl.data.image_sets import ImageSet
 from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
 from unicl.data.shards import RawSample
 from unicl.distributed import ALONE, Ranks
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError
 from unicl.evaluation.embeddings import Embedded, embed_images, embed_texts
 from unicl.evaluation.zero_shot import class_embeddings
 from unicl.towers.pretrained import Pretrained
@@ -39,26 +40,6 @@ logger = logging.getLogger("unicl")
 _BLOCK = 8192
 _MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
 _FORMAT = 1
-
-
-@runtime_checkable
-class Images(Protocol):
-    """Images that can be read in any order, and what identifies them."""
-
-    name: str
-    """What messages and results call them."""
-    fingerprint: str
-    """Changes when the images may have changed."""
-
-    @property
-    def num_samples(self) -> int:
-        """Number of images."""
-
-    def read(self, index: int) -> RawSample:
-        """Return one image; its text does not matter."""
-
-    def locate(self, index: int) -> tuple[str, int]:
-        """Return the name of what holds an image, and its place in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +72,7 @@ class ImageEmbeddings:
     """Images that could not be read, by reason."""
 
 
-def image_embeddings(model: Pretrained, images: Images, setting: Setting) -> ImageEmbeddings:
+def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> ImageEmbeddings:
     """Embed a set of images, or take what was embedded before.
 
     Ranks share the images, and all get all of the result.
@@ -105,7 +86,7 @@ def image_embeddings(model: Pretrained, images: Images, setting: Setting) -> Ima
     for block in blocks:
         skipped.update(block.skipped)
     if not sum(len(block.rows) for block in blocks):
-        raise UniclError(f"{images.name} has no image that can be read")
+        raise UniclError(f"{images} has no image that can be read")
     return ImageEmbeddings(
         embeddings=torch.cat([block.embeddings for block in blocks]),
         features=torch.cat([block.features for block in blocks]),
@@ -114,15 +95,15 @@ def image_embeddings(model: Pretrained, images: Images, setting: Setting) -> Ima
     )
 
 
-def image_blocks(model: Pretrained, images: Images, setting: Setting) -> Iterator[ImageEmbeddings]:
+def image_blocks(
+    model: Pretrained, images: ImageSet, setting: Setting
+) -> Iterator[ImageEmbeddings]:
     """The same block by block, so that a set need not fit into memory."""
-    if not images.num_samples:
-        raise UsageError(f"{images.name} has no images")
     entry = None
     if setting.cache is not None:
         key = _key(model, setting, "images", images.fingerprint)
         entry = setting.cache / key
-        about = {"model": model.name, "images": images.name, "num_images": images.num_samples}
+        about = {"model": model.name, "images": str(images), "num_images": images.num_samples}
         setting.ranks.together(lambda: _describe(entry, about) if setting.ranks.first else None)
     loader = _loader(model, images, setting)
     for start in range(0, images.num_samples, _BLOCK):
@@ -195,7 +176,7 @@ def _key(model: Pretrained, setting: Setting, kind: str, content: str) -> str:
     return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _loader(model: Pretrained, images: Images, setting: Setting) -> Loader:
+def _loader(model: Pretrained, images: ImageSet, setting: Setting) -> Loader:
     return Loader(
         _Numbered(images),
         SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
@@ -215,7 +196,7 @@ def _loader(model: Pretrained, images: Images, setting: Setting) -> Loader:
 class _Numbered:
     """Images whose labels are their numbers in the set, so that their own can be looked up."""
 
-    images: Images
+    images: ImageSet
 
     @property
     def num_samples(self) -> int:

@@ -23,8 +23,8 @@ _LEARNING_RATE = 0.01
 _MOMENTUM = 0.99
 _DROPOUT = 0.5
 _QUERIES = 15
-# Heads that learn side by side, as many as stay in a processor's cache; a GPU takes all it can.
-_NUMBERS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Numbers in the heads that learn side by side: enough to keep the device busy with each step.
+_NUMBERS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)

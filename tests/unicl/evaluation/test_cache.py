@@ -12,9 +12,10 @@ from PIL import Image
 
 from tests.unicl.evaluation.toys import NAMES, TEMPLATES, ToyModel, toy
 from tests.unicl.ranks import on_ranks
+from unicl.data.image_sets import ImageSet
 from unicl.data.shards import RawSample, SampleError
 from unicl.distributed import Ranks
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError
 from unicl.evaluation import cache
 from unicl.evaluation.cache import (
     Setting,
@@ -29,27 +30,29 @@ from unicl.evaluation.zero_shot import class_embeddings
 
 @dataclass
 class Noise:
-    """Pictures of noise, encoded or decoded, some of which are damaged."""
+    """Pictures of noise, some of which are damaged."""
 
     num_samples: int = 10
     damaged: tuple[int, ...] = ()
-    decoded: bool = False
-    fingerprint: str = "noise"
-    name: str = "noise"
+    content: str = "noise"
+
+    def digest(self) -> str:
+        return self.content
 
     def read(self, index: int) -> RawSample:
         if index in self.damaged:
             raise SampleError("truncated tar")
         pixels = np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)
-        image = Image.fromarray(pixels)
-        if self.decoded:
-            return RawSample(f"{index}", image, None)
         file = BytesIO()
-        image.save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
         return RawSample(f"{index}", file.getvalue(), None)
 
     def locate(self, index: int) -> tuple[str, int]:
         return "noise", index
+
+
+def noise(**changes: object) -> ImageSet:
+    return ImageSet(name="noise", split="", splits=(), images=Noise(**changes))
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +69,8 @@ def count_forwards(model: ToyModel) -> list[bool]:
     return model.autocast
 
 
-@pytest.mark.parametrize("decoded", [False, True])
-def test_a_set_is_embedded_once(tmp_path: Path, decoded: bool) -> None:
-    model = toy()
-    images = Noise(decoded=decoded)
+def test_a_set_is_embedded_once(tmp_path: Path) -> None:
+    model, images = toy(), noise()
     first = image_embeddings(model, images, setting(tmp_path))
     assert first.rows.tolist() == list(range(10))
     assert first.embeddings.shape == (10, 16)
@@ -84,40 +85,40 @@ def test_a_set_is_embedded_once(tmp_path: Path, decoded: bool) -> None:
 
 
 def test_the_key_knows_model_data_and_arithmetic(tmp_path: Path) -> None:
-    def made(model: ToyModel, images: Noise, **changes: object) -> bool:
+    def made(model: ToyModel, images: ImageSet, **changes: object) -> bool:
         pretrained = toy(model)
         forwards = count_forwards(model)
         image_embeddings(pretrained, images, setting(tmp_path, **changes))
         return bool(forwards)
 
-    assert made(ToyModel(), Noise())
-    assert not made(ToyModel(), Noise())
-    assert not made(ToyModel(), Noise(), batch_size=5)
-    assert made(ToyModel(), Noise(fingerprint="other noise"))
-    assert made(ToyModel(), Noise(), autocast=torch.bfloat16)
+    assert made(ToyModel(), noise())
+    assert not made(ToyModel(), noise())
+    assert not made(ToyModel(), noise(), batch_size=5)
+    assert made(ToyModel(), noise(content="other noise"))
+    assert made(ToyModel(), noise(), autocast=torch.bfloat16)
     other = ToyModel()
     with torch.no_grad():
         other.pixels.bias[0] += 1e-3
-    assert made(other, Noise())
+    assert made(other, noise())
 
 
 def test_an_interrupted_embedding_goes_on(tmp_path: Path) -> None:
     model = toy()
-    blocks = image_blocks(model, Noise(), setting(tmp_path))
+    blocks = image_blocks(model, noise(), setting(tmp_path))
     first = next(blocks)
     blocks.close()
     forwards = count_forwards(model.model)
-    embedded = image_embeddings(model, Noise(), setting(tmp_path))
+    embedded = image_embeddings(model, noise(), setting(tmp_path))
     assert len(forwards) == 3  # two batches of the second block, one of the third
     torch.testing.assert_close(embedded.embeddings[:4], first.embeddings, rtol=0, atol=0)
 
 
 def test_a_damaged_block_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = toy()
-    expected = image_embeddings(model, Noise(), setting(tmp_path))
+    expected = image_embeddings(model, noise(), setting(tmp_path))
     block = sorted(tmp_path.rglob("*.safetensors"))[1]
     block.write_bytes(block.read_bytes()[:-8])
-    again = image_embeddings(model, Noise(), setting(tmp_path))
+    again = image_embeddings(model, noise(), setting(tmp_path))
     assert "is damaged" in caplog.text
     torch.testing.assert_close(again.embeddings, expected.embeddings, rtol=0, atol=0)
 
@@ -125,7 +126,7 @@ def test_a_damaged_block_is_made_again(tmp_path: Path, caplog: pytest.LogCapture
 def test_what_cannot_be_read_is_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = Noise(damaged=(1, 8))
+    images = noise(damaged=(1, 8))
     for _ in range(2):
         embedded = image_embeddings(toy(), images, setting(tmp_path))
         assert embedded.rows.tolist() == [0, 2, 3, 4, 5, 6, 7, 9]
@@ -134,10 +135,8 @@ def test_what_cannot_be_read_is_left_out_and_counted(
 
 
 def test_nothing_to_embed() -> None:
-    with pytest.raises(UsageError, match="noise has no images"):
-        image_embeddings(toy(), Noise(0), setting(None))
     with pytest.raises(UniclError, match="there is no readable sample to evaluate on"):
-        image_embeddings(toy(), Noise(3, damaged=(0, 1, 2)), setting(None))
+        image_embeddings(toy(), noise(num_samples=3, damaged=(0, 1, 2)), setting(None))
 
 
 def test_texts_are_embedded_once(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_texts_are_embedded_once(tmp_path: Path) -> None:
 def embed_on_ranks(folder: Path) -> None:
     cache._BLOCK = 4
     alone, shared = setting(None), setting(folder, ranks=Ranks(dist.group.WORLD))
-    model, images = toy(), Noise(damaged=(5,))
+    model, images = toy(), noise(damaged=(5,))
     for _ in range(2):
         embedded = image_embeddings(model, images, shared)
         expected = image_embeddings(model, images, alone)
@@ -178,5 +177,5 @@ def test_ranks_share_the_work_and_get_all_of_it(tmp_path: Path) -> None:
     on_ranks(3, embed_on_ranks, tmp_path)
     model = toy()
     forwards = count_forwards(model.model)
-    image_embeddings(model, Noise(damaged=(5,)), setting(tmp_path))
+    image_embeddings(model, noise(damaged=(5,)), setting(tmp_path))
     assert not forwards
