@@ -211,15 +211,17 @@ def _ranks(
 
 def flat_index(embeddings: Float[Tensor, "num_items dim"]) -> Any:
     """An exact inner-product FAISS index over embeddings."""
-    faiss = _faiss()
+    faiss = load_faiss()
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings.contiguous().numpy())
     return index
 
 
-def _faiss() -> ModuleType:
-    # Late, because the import takes a good part of a second and only retrieval needs it. FAISS
-    # brings an OpenMP of its own, which starts a thread per core whatever torch was told.
+def load_faiss() -> ModuleType:
+    """FAISS, with as many threads as torch has here; call it again before each use."""
+    # Late, because the import takes a good part of a second and few commands need it. FAISS
+    # brings an OpenMP of its own, which starts a thread per core whatever torch was told, and which
+    # is told anew in each Python thread.
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning

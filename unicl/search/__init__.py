@@ -1,0 +1,1 @@
+"""Search over embeddings: an index on disk, what its rows are, and pages of what was found."""

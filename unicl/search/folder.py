@@ -1,0 +1,273 @@
+"""The folder of an index: `index.json`, and beside it the data that it names.
+
+Every change writes its data into a new sub-folder and then replaces `index.json`, which names that
+sub-folder: whatever is cut short before leaves the former index whole, and whoever has the former
+one open keeps it.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+from types import TracebackType
+from typing import Literal
+
+from unicl.data.atomic import PARTIAL_PREFIX, atomic_file, write_error
+from unicl.errors import UniclError, UsageError
+
+Kind = Literal["exact", "approximate"]
+
+DESCRIPTION_FILE = "index.json"
+FAISS_FILE = "index.faiss"
+_LOCK_FILE = "index.lock"
+_DATA = re.compile(r"data-(\d+)")
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What was measured on an index after its last change."""
+
+    milliseconds: float
+    """Median time of a search for one query, on the machine and with the threads of that time."""
+    recall: float = 1.0
+    """Share of the ten nearest items that a search for the ten nearest finds, in 0..1."""
+    text_recall: float | None = None
+    """The same for the texts that were given to measure it on; `recall` is that of images then."""
+    wanted_recall: float | None = None
+    """What the recall was to reach; unset for an exact index, which misses nothing."""
+    num_lists: int | None = None
+    """Lists that the items were divided into; unset for an exact index."""
+    num_probed: int | None = None
+    """Lists that a search looks through (FAISS calls it nprobe)."""
+    num_learned_from: int | None = None
+    """Items there were when the lists were laid out; far fewer than now, and it is time to build
+    the index again."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether each recall is what was wanted."""
+        return min(self.recall, self.text_recall or 1.0) >= (self.wanted_recall or 0.0)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        if self.wanted_recall is None:
+            return f"exact, {self.milliseconds:.2g} ms per query"
+        texts = "" if self.text_recall is None else f" ({self.text_recall:.3f} for texts)"
+        line = (
+            f"approximate, recall@10 {self.recall:.3f}{texts}, {self.milliseconds:.2g} ms per "
+            f"query, {self.num_probed:,} of {self.num_lists:,} lists looked through"
+        )
+        if self.reached:
+            return line
+        return f"{line}; no number of lists reaches the wanted {self.wanted_recall:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What `index.json` says."""
+
+    model: str
+    """Name of the model that made the embeddings."""
+    fingerprint: str
+    """Its fingerprint: two models with equal ones make equal embeddings."""
+    dim: int
+    """Width of the embeddings."""
+    num_items: int
+    """Rows of the index."""
+    kind: Kind
+    """What it is."""
+    wanted_kind: Literal["exact", "approximate", "auto"]
+    """What was asked for."""
+    wanted_recall: float
+    """Recall that an approximate index is to reach."""
+    facts: Facts
+    """What was measured."""
+    data: str = ""
+    """Name of the sub-folder with the data."""
+    sizes: Mapping[str, int] | None = None
+    """Size in bytes of each file in it."""
+
+
+def read_description(folder: Path) -> Description:
+    """Read `index.json`, and see that the files it names are whole.
+
+    Raises:
+        UsageError: The folder holds no index.
+        UniclError: It is damaged, or of another version.
+    """
+    path = folder / DESCRIPTION_FILE
+    while True:
+        description = _parsed(folder)
+        data = folder / description.data
+        try:
+            sizes = {name: (data / name).stat().st_size for name in description.sizes or ()}
+        except OSError as error:
+            # Another process may have replaced the index since its description was read.
+            if _parsed(folder).data != description.data:
+                continue
+            raise UniclError(f"{path} names {data}, which is damaged; build it again") from error
+        for name, size in (description.sizes or {}).items():
+            if sizes[name] != size:
+                raise UniclError(
+                    f"{data / name} has {sizes[name]:,} bytes instead of {size:,}; "
+                    "build the index again"
+                )
+        return description
+
+
+def _parsed(folder: Path) -> Description:
+    path = folder / DESCRIPTION_FILE
+    try:
+        entries = json.loads(path.read_bytes())
+        if entries.pop("version") != _VERSION:
+            raise UniclError(f"{path} is of another version of unicl; build the index again")
+        description = Description(**{**entries, "facts": Facts(**entries["facts"])})
+        if not _DATA.fullmatch(description.data) or description.num_items < 1:
+            raise ValueError(description.data)
+        dict(description.sizes or {})
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{folder} holds no index ({DESCRIPTION_FILE} is not there); make one with: unicl index"
+        ) from error
+    except OSError as error:
+        raise UniclError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UniclError(f"{path} is damaged; build the index again") from error
+    return description
+
+
+class Draft:
+    """A change of an index that nobody sees yet.
+
+    Args:
+        folder: The folder of the index.
+        path: The new sub-folder for its data.
+    """
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        self._folder = folder
+        self.path = path
+
+    def commit(self, description: Description) -> None:
+        """Make the change the index."""
+        sizes = {entry.name: entry.stat().st_size for entry in sorted(self.path.iterdir())}
+        entries = asdict(replace(description, data=self.path.name, sizes=sizes))
+        _sync(self.path)
+        with atomic_file(self._folder / DESCRIPTION_FILE) as file:
+            file.write(json.dumps({"version": _VERSION, **entries}, indent=1).encode())
+        _sync(self._folder)
+
+
+@contextmanager
+def drafting(folder: Path) -> Iterator[Draft]:
+    """Prepare a change of the index in a folder, which may not be there yet.
+
+    Without a commit nothing changes. Nobody else can prepare one meanwhile.
+
+    Raises:
+        UsageError: The folder holds other files, and no index.
+        UniclError: It cannot be written, or another process is changing the index.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _require_own(folder)
+        with open(folder / _LOCK_FILE, "ab") as lock:
+            try:
+                # Held as long as the file is open: a process that is killed gives it back.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UniclError(
+                    f"another process is changing the index {folder}; wait until it is done"
+                ) from error
+            path = folder / f"data-{1 + max(_numbers(folder), default=0)}"
+            path.mkdir()
+            try:
+                yield Draft(folder, path)
+            finally:
+                _sweep(folder)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise write_error(folder, error) from error
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse to scatter an index among files that are none."""
+    names = {entry.name for entry in folder.iterdir()}
+    own = {name for name in names if _DATA.fullmatch(name) or name.startswith(PARTIAL_PREFIX)}
+    others = sorted(names - own - {_LOCK_FILE})
+    if DESCRIPTION_FILE not in names and others:
+        raise UsageError(
+            f"{folder} is no index and not empty (there is {others[0]}); choose another folder"
+        )
+
+
+def _numbers(folder: Path) -> list[int]:
+    matches = (_DATA.fullmatch(entry.name) for entry in folder.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the data that `index.json` does not name: former ones and what was cut short."""
+    current = ""
+    with suppress(UniclError):
+        current = _parsed(folder).data
+    for number in _numbers(folder):
+        if f"data-{number}" != current:
+            rmtree(folder / f"data-{number}", ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Output:
+    """A file of a draft; what the operating system refuses is a one-line error.
+
+    Args:
+        path: Where it goes.
+
+    Raises:
+        UniclError: The disk is full, ...; from every method.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes, and return how many that were."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file; once this is done without an error it is on the disk."""
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        except OSError as failed:
+            if kind is None:
+                raise write_error(self._path, failed) from failed
