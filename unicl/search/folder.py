@@ -82,8 +82,8 @@ class Description:
     """Rows of the index."""
     kind: Kind
     """What it is."""
-    wanted_kind: Literal["exact", "approximate", "auto"]
-    """What was asked for."""
+    wanted_kind: str
+    """What was asked for: one of these or "auto"."""
     wanted_recall: float
     """Recall that an approximate index is to reach."""
     facts: Facts

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -28,7 +28,8 @@ from unicl.search.folder import (
 from unicl.search.items import Item, Items, ItemWriter
 from unicl.search.vectors import ROWS_AT_ONCE, VectorFile, require_unit
 
-WantedKind = Literal["exact", "approximate", "auto"]
+_KINDS = ("exact", "approximate", "auto")
+
 Block = tuple[np.ndarray, Sequence[Item]]
 """Unit-length embeddings, float32 [n, dim], and the item of each row."""
 
@@ -81,7 +82,7 @@ class SearchIndex:
         *,
         model: str,
         fingerprint: str,
-        kind: WantedKind = "auto",
+        kind: str = "auto",
         recall: float = 0.95,
         texts: Float32[np.ndarray, "num_texts dim"] | None = None,
         progress: Callable[[str], None] | None = None,
@@ -108,8 +109,8 @@ class SearchIndex:
             UniclError: The folder cannot be written.
         """
         folder = Path(folder)
-        if kind not in get_args(WantedKind):
-            kinds = ", ".join(get_args(WantedKind))
+        if kind not in _KINDS:
+            kinds = ", ".join(_KINDS)
             raise UsageError(f"there is no kind of index {kind!r}; choose from {kinds}")
         if not 0 < recall <= 1:
             raise UsageError(f"recall must be above 0 and at most 1, got {recall}")
@@ -304,7 +305,7 @@ class _Plan:
 
     model: str
     fingerprint: str
-    kind: WantedKind
+    kind: str
     recall: float
 
 
