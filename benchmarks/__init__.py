@@ -2,5 +2,5 @@
 
 NAMES = (
     *("loss", "text", "coswin", "step", "gradient_cache", "distributed", "zero_memory"),
-    *("cli", "loader", "demo", "gpu"),
+    *("cli", "loader", "retrieval", "search", "demo", "gpu"),
 )

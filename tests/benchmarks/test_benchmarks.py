@@ -92,6 +92,22 @@ def test_loader(tmp_path):
     gc.collect()  # webdataset leaves its tar open until then
 
 
+def test_retrieval(tmp_path):
+    record = run_quick("retrieval", tmp_path)
+    assert [bar["reached"] for bar in record["bars"]] == [True, True, True, None]
+    _, recalls = record["tables"].values()
+    assert len(recalls) == 6
+    assert all(0.5 < row["fp64"] <= 1 for row in recalls)
+
+
+def test_search(tmp_path):
+    record = run_quick("search", tmp_path)
+    (rows,) = record["tables"].values()
+    assert len(rows) == 3
+    assert all(row["recall_at_10"] > 0.8 and row["exact_ms"] > 0 for row in rows)
+    assert [bar["limit"] for bar in record["bars"]] == [0.95, 10, None, 300]
+
+
 def test_demo_reads_a_finished_run(tmp_path):
     run = tmp_path / "run"
     (run / "unicl").mkdir(parents=True)

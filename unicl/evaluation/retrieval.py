@@ -31,6 +31,9 @@ from unicl.evaluation.embeddings import (
 # Best items looked at per query, however small k is; a longer tie counts as a miss.
 _TIES = 63
 
+# Queries whose best items exist at one time.
+_QUERIES_AT_ONCE = 2048
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -177,7 +180,7 @@ def recall(
 
     Only queries that have a right item count. Ties count against the model: a right item is among
     the best k when fewer than k wrong ones are at least as similar; a collapsed model scores zero,
-    not by luck. Memory holds the best items of each query, never all similarities.
+    not by luck. Memory holds the best items of some queries, never all similarities.
 
     Args:
         queries: unit-length embeddings of what is asked.
@@ -185,14 +188,20 @@ def recall(
         ks: where the list of the best is cut.
         pairs: number of the query and number of a right item, in any order, without repetition.
     """
+    faiss = load_faiss()
     asked = pairs[:, 0].unique()
     depth = min(max(*ks, _TIES) + 1, len(items))
-    index = flat_index(items)
-    similarities, best = index.search(queries[asked].numpy(), depth)
     codes = (pairs[:, 0] * len(items) + pairs[:, 1]).numpy()
-    right = np.isin(asked.numpy()[:, None] * len(items) + best, codes)
-    ranks = _ranks(similarities, right, all_seen=depth == len(items))
-    return {k: float((ranks < k).mean()) for k in ks}
+    searched = items.contiguous().numpy()
+    ranks = []
+    for block in asked.split(_QUERIES_AT_ONCE):
+        similarities, best = faiss.knn(
+            queries[block].numpy(), searched, depth, metric=faiss.METRIC_INNER_PRODUCT
+        )
+        right = np.isin(block.numpy()[:, None] * len(items) + best, codes)
+        ranks.append(_ranks(similarities, right, all_seen=depth == len(items)))
+    found = np.concatenate(ranks)
+    return {k: float((found < k).mean()) for k in ks}
 
 
 def _ranks(

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -38,6 +39,28 @@ def test_recall_agrees_with_brute_force(num_queries: int, num_items: int) -> Non
     shuffled = pairs[torch.randperm(len(pairs), generator=generator)]
     expected = {k: brute_force(queries, items, pairs, k) for k in KS}
     assert recall(queries, items, shuffled, KS) == pytest.approx(expected)
+
+
+def test_recall_agrees_with_clip_benchmark() -> None:
+    # Five texts per image, as in Flickr30k and COCO; more queries than are searched at one time.
+    generator = torch.Generator().manual_seed(0)
+    images = normalize(torch.randn(500, 32, generator=generator), dim=1)
+    image_of = torch.arange(500).repeat_interleave(5)
+    noise = torch.randn(2500, 32, generator=generator)
+    texts = normalize(images[image_of] + 0.4 * noise, dim=1)
+    scores = texts @ images.T
+    positive = image_of[:, None] == torch.arange(500)
+    pairs = torch.stack([image_of, torch.arange(2500)], dim=1)
+
+    def clip_benchmark(scores: Tensor, positive: Tensor, k: int) -> float:
+        recalls = batchify(recall_at_k, scores, positive, 64, "cpu", k=k)
+        return (recalls > 0).double().mean().item()
+
+    to_image = {k: clip_benchmark(scores, positive, k) for k in KS}
+    to_text = {k: clip_benchmark(scores.T, positive.T, k) for k in KS}
+    assert recall(texts, images, pairs.flip(1), KS) == pytest.approx(to_image, abs=1e-6)
+    assert recall(images, texts, pairs, KS) == pytest.approx(to_text, abs=1e-6)
+    assert 0.1 < to_image[1] < to_text[1] < to_text[10] < 1
 
 
 def test_a_collapsed_model_scores_nothing() -> None:
