@@ -74,9 +74,9 @@ class Lists:
 
     def add(self, vectors: Float32[np.ndarray, "n dim"]) -> None:
         """Append vectors."""
+        load_faiss()
         from faiss.contrib.ivf_tools import add_preassigned
 
-        load_faiss()
         _, nearest = self._coarse.search(vectors, 1)
         add_preassigned(self.index, vectors, nearest[:, 0].copy())
 

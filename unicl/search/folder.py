@@ -10,12 +10,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 from unicl.data.atomic import PARTIAL_PREFIX, atomic_file, write_error
 from unicl.errors import UniclError, UsageError
@@ -52,7 +52,8 @@ class Facts:
     @property
     def reached(self) -> bool:
         """Whether each recall is what was wanted."""
-        return min(self.recall, self.text_recall or 1.0) >= (self.wanted_recall or 0.0)
+        recalls = [self.recall] if self.text_recall is None else [self.recall, self.text_recall]
+        return self.wanted_recall is None or min(recalls) >= self.wanted_recall
 
     def summary(self) -> str:
         """One line for a person."""
@@ -90,47 +91,31 @@ class Description:
     """What was measured."""
     data: str = ""
     """Name of the sub-folder with the data."""
-    sizes: Mapping[str, int] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     """Size in bytes of each file in it."""
 
 
 def read_description(folder: Path) -> Description:
-    """Read `index.json`, and see that the files it names are whole.
+    """Read `index.json`.
 
     Raises:
         UsageError: The folder holds no index.
         UniclError: It is damaged, or of another version.
     """
     path = folder / DESCRIPTION_FILE
-    while True:
-        description = _parsed(folder)
-        data = folder / description.data
-        try:
-            sizes = {name: (data / name).stat().st_size for name in description.sizes or ()}
-        except OSError as error:
-            # Another process may have replaced the index since its description was read.
-            if _parsed(folder).data != description.data:
-                continue
-            raise UniclError(f"{path} names {data}, which is damaged; build it again") from error
-        for name, size in (description.sizes or {}).items():
-            if sizes[name] != size:
-                raise UniclError(
-                    f"{data / name} has {sizes[name]:,} bytes instead of {size:,}; "
-                    "build the index again"
-                )
-        return description
-
-
-def _parsed(folder: Path) -> Description:
-    path = folder / DESCRIPTION_FILE
     try:
         entries = json.loads(path.read_bytes())
         if entries.pop("version") != _VERSION:
             raise UniclError(f"{path} is of another version of unicl; build the index again")
         description = Description(**{**entries, "facts": Facts(**entries["facts"])})
-        if not _DATA.fullmatch(description.data) or description.num_items < 1:
-            raise ValueError(description.data)
-        dict(description.sizes or {})
+        numbers = (description.dim, description.num_items, *description.sizes.values())
+        if (
+            not _DATA.fullmatch(description.data)
+            or FAISS_FILE not in description.sizes
+            or description.kind not in get_args(Kind)
+            or not all(isinstance(number, int) for number in numbers)
+        ):
+            raise ValueError("it says what no index can be")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(
             f"{folder} holds no index ({DESCRIPTION_FILE} is not there); make one with: unicl index"
@@ -140,6 +125,24 @@ def _parsed(folder: Path) -> Description:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UniclError(f"{path} is damaged; build the index again") from error
     return description
+
+
+def require_files(folder: Path, description: Description) -> None:
+    """See that the files that `index.json` names are whole.
+
+    Raises:
+        UniclError: One is missing, or has another size.
+    """
+    for name, size in description.sizes.items():
+        path = folder / description.data / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise UniclError(
+                f"cannot read {path}: {error.strerror}; build the index again"
+            ) from error
+        if found != size:
+            raise UniclError(f"{path} has {found:,} bytes, not {size:,}; build the index again")
 
 
 class Draft:
@@ -156,9 +159,11 @@ class Draft:
 
     def commit(self, description: Description) -> None:
         """Make the change the index."""
-        sizes = {entry.name: entry.stat().st_size for entry in sorted(self.path.iterdir())}
+        paths = sorted(self.path.iterdir())
+        sizes = {path.name: path.stat().st_size for path in paths}
         entries = asdict(replace(description, data=self.path.name, sizes=sizes))
-        _sync(self.path)
+        for path in (*paths, self.path):
+            _sync(path)
         with atomic_file(self._folder / DESCRIPTION_FILE) as file:
             file.write(json.dumps({"version": _VERSION, **entries}, indent=1).encode())
         _sync(self._folder)
@@ -174,25 +179,38 @@ def drafting(folder: Path) -> Iterator[Draft]:
         UsageError: The folder holds other files, and no index.
         UniclError: It cannot be written, or another process is changing the index.
     """
+    lock = _locked(folder)
+    try:
+        path = folder / f"data-{1 + max(_numbers(folder), default=0)}"
+        try:
+            path.mkdir()
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            yield Draft(folder, path)
+        finally:
+            _sweep(folder, path)
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Make the folder and lock it; a process that is killed gives the lock back, too."""
+    lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _require_own(folder)
-        with open(folder / _LOCK_FILE, "ab") as lock:
-            try:
-                # Held as long as the file is open: a process that is killed gives it back.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UniclError(
-                    f"another process is changing the index {folder}; wait until it is done"
-                ) from error
-            path = folder / f"data-{1 + max(_numbers(folder), default=0)}"
-            path.mkdir()
-            try:
-                yield Draft(folder, path)
-            finally:
-                _sweep(folder)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if lock is not None:
+            os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise UniclError(
+                f"another process is changing the index {folder}; wait until it is done"
+            ) from error
         raise write_error(folder, error) from error
+    return lock
 
 
 def _require_own(folder: Path) -> None:
@@ -211,18 +229,22 @@ def _numbers(folder: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, draft: Path) -> None:
     """Remove the data that `index.json` does not name: former ones and what was cut short."""
-    current = ""
-    with suppress(UniclError):
-        current = _parsed(folder).data
-    for number in _numbers(folder):
-        if f"data-{number}" != current:
-            rmtree(folder / f"data-{number}", ignore_errors=True)
+    unnamed = {folder / f"data-{number}" for number in _numbers(folder)}
+    try:
+        unnamed.discard(folder / read_description(folder).data)
+    except UsageError:
+        pass  # there is no index, so nothing is named
+    except UniclError:
+        unnamed = {draft}  # whoever can read it may still want the rest
+    for path in unnamed:
+        rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -262,12 +284,9 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file; once this is done without an error it is on the disk."""
+        """Close the file."""
         try:
-            with self._file:
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
+            self._file.close()
         except OSError as failed:
             if kind is None:
                 raise write_error(self._path, failed) from failed

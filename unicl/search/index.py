@@ -24,6 +24,7 @@ from unicl.search.folder import (
     Output,
     drafting,
     read_description,
+    require_files,
 )
 from unicl.search.items import Item, Items, ItemWriter
 from unicl.search.vectors import ROWS_AT_ONCE, VectorFile, require_unit
@@ -72,7 +73,7 @@ class SearchIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = _Opened(folder)
+        self._open = _Opened.now(folder)
 
     @classmethod
     def build(
@@ -156,11 +157,11 @@ class SearchIndex:
         """
         self.require_model(model, fingerprint)
         with drafting(self.folder) as draft:
-            former = _Opened(self.folder)  # Another process may have added to it meanwhile.
+            former = _Opened.now(self.folder)  # Another process may have added to it meanwhile.
             former.require_model(model, fingerprint)
             extend = _rebuild if former.description.kind == "exact" else _extend
             added = extend(draft, former, blocks, progress or _say_nothing)
-        self._open = _Opened(self.folder)
+        self._open = _Opened.now(self.folder)
         return added
 
     def search(
@@ -236,10 +237,11 @@ class SearchIndex:
 class _Opened:
     """One state of an index, which stays the same whatever others do to the folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, description: Description) -> None:
         faiss = load_faiss()
-        self.description = description = read_description(folder)
+        require_files(folder, description)
         self.folder = folder
+        self.description = description
         self.data = folder / description.data
         try:
             self.items = Items.open(self.data)
@@ -253,10 +255,20 @@ class _Opened:
                 f"{len(self.items):,} items, index.json says {shape[0]:,} of width {shape[2]}; "
                 "build the index again"
             )
-        if description.kind == "approximate":
-            _share_one_query(self.index)
         self._gpu: Any = None
         self._gpu_lock = Lock()
+
+    @classmethod
+    def now(cls, folder: Path) -> "_Opened":
+        """Open the present state."""
+        while True:
+            description = read_description(folder)
+            try:
+                return cls(folder, description)
+            except UniclError:
+                # Another process may have replaced it since the description was read.
+                if read_description(folder).data == description.data:
+                    raise
 
     def require_model(self, model: str, fingerprint: str) -> None:
         description = self.description
@@ -414,7 +426,6 @@ def _write_lists(
     say: Callable[[str], None],
 ) -> Facts:
     index = lists.index
-    _share_one_query(index)
     facts = tune(lists, sample, recall, say)
     say("writing the index")
     _write(draft, index)
@@ -465,11 +476,6 @@ def _write(draft: Draft, index: Any) -> None:
     faiss = load_faiss()
     with Output(draft.path / FAISS_FILE) as output:
         faiss.write_index(index, faiss.PyCallbackIOWriter(output.write))
-
-
-def _share_one_query(index: Any) -> None:
-    """Let threads share the lists of one query; FAISS would share out queries, and one is usual."""
-    index.parallel_mode = 1
 
 
 def _milliseconds(

@@ -424,11 +424,32 @@ def test_a_description_of_another_version(folder: Path) -> None:
         SearchIndex.open(folder)
 
 
-def test_a_description_leads_nowhere_else(folder: Path) -> None:
+def test_a_failed_build_keeps_the_index_of_another_version(folder: Path) -> None:
     SearchIndex.build(folder, blocks(unit(20)), **MODEL)
     description = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({**description, "data": "../../elsewhere"}))
-    with pytest.raises(UniclError, match="is damaged"):
+    (folder / "index.json").write_text(json.dumps({**description, "version": 2}))
+    before = state(folder)
+    with pytest.raises(UsageError, match="no embeddings"):
+        SearchIndex.build(folder, [], **MODEL)
+    assert state(folder) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data": "../../elsewhere"},
+        {"sizes": {"index.faiss": "many"}},
+        {"sizes": {}},
+        {"kind": "fast"},
+        {"num_items": None},
+        {"colour": "red"},
+    ],
+)
+def test_a_description_that_is_none(folder: Path, wrong: dict) -> None:
+    SearchIndex.build(folder, blocks(unit(20)), **MODEL)
+    description = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**description, **wrong}))
+    with pytest.raises(UniclError, match=r"index\.json is damaged; build the index again"):
         SearchIndex.open(folder)
 
 
