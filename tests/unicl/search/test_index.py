@@ -119,6 +119,15 @@ def test_equal_images_do_not_spoil_the_measure(folder: Path) -> None:
     assert index.facts.num_probed < 4
 
 
+@pytest.mark.parametrize("num_items", [1, 10, 80])
+def test_a_small_approximate_index(folder: Path, num_items: int) -> None:
+    vectors = unit(num_items)
+    index = SearchIndex.build(folder, blocks(vectors), kind="approximate", recall=1.0, **MODEL)
+    assert index.facts.recall == 1.0
+    found = keys(index.search(vectors, 10))
+    assert found == [[f"key{row}" for row in rows] for rows in nearest(vectors, vectors, 10)]
+
+
 def test_auto_is_exact_until_that_gets_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "_EXACT_BYTES", 400 * 16 * 4)
     vectors = unit(500)
