@@ -29,8 +29,9 @@ _NUM_QUERIES = 1000
 # Queries whose order of all lists exists at one time.
 _QUERIES_AT_ONCE = 256
 
-# What half precision may change of a similarity.
-_TIE = 5e-5
+# What half precision may change of a similarity, in dimensions to the power of minus one half: a
+# number is off by up to 2 ** -12 of itself, and this is about three standard deviations.
+_TIE = 3 * 2**-12
 
 # FAISS's advice: lists in proportion to the root of the number of items, and about 40 items of
 # each to learn its centroid from.
@@ -258,7 +259,8 @@ def _recalls(index: Any, sample: Sample, num_probed: int) -> Float64[np.ndarray,
     depth = counts.shape[1]
     similarities, rows = search_lists(index, sample.queries, depth, num_probed)
     furthest = np.where(counts, sample.similarities, np.inf).min(axis=1, keepdims=True)
-    near = (rows >= 0) & _others(rows, sample.own) & (similarities >= furthest - _TIE)
+    tie = _TIE / sample.queries.shape[1] ** 0.5
+    near = (rows >= 0) & _others(rows, sample.own) & (similarities >= furthest - tie)
     num_wanted = np.maximum(counts.sum(axis=1), 1)
     return np.where(counts.any(axis=1), np.minimum(near.sum(axis=1) / num_wanted, 1), 1.0)
 
