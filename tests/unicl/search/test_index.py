@@ -12,9 +12,10 @@ import pytest
 from tests.unicl.search.vectors import MODEL, blocks, item, nearest, unit
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.retrieval import load_faiss
-from unicl.search import index as index_module
+from unicl.search import change
 from unicl.search.approximate import search_lists
-from unicl.search.index import Added, Found, SearchIndex
+from unicl.search.change import Added
+from unicl.search.index import Found, SearchIndex
 
 
 def keys(found: list[list[Found]]) -> list[list[str]]:
@@ -73,7 +74,7 @@ def test_an_approximate_index_measures_a_recall_that_holds_for_other_queries(fol
     assert 1 < index.facts.num_probed < index.facts.num_lists == 6000 // 39
     assert index.facts.num_learned_from == 6000
     # One list fewer would not have done.
-    opened = index._open.index
+    opened = index._state.index
     _, rows = search_lists(opened, queries, 10, index.facts.num_probed - 1)
     assert recall_at_10([[f"key{row}" for row in best] for best in rows], truth) < 0.93
 
@@ -139,7 +140,7 @@ def test_a_small_approximate_index(folder: Path, num_items: int) -> None:
 
 
 def test_auto_is_exact_until_that_gets_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_EXACT_BYTES", 400 * 16 * 4)
+    monkeypatch.setattr(change, "_EXACT_BYTES", 400 * 16 * 4)
     vectors = unit(500)
     assert SearchIndex.build(folder, blocks(vectors[:400]), **MODEL).kind == "exact"
     assert SearchIndex.build(folder, blocks(vectors), **MODEL).kind == "approximate"
@@ -184,7 +185,7 @@ def test_adding_to_an_approximate_index(folder: Path) -> None:
 def test_an_index_that_chose_to_be_exact_chooses_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "_EXACT_BYTES", 400 * 16 * 4)
+    monkeypatch.setattr(change, "_EXACT_BYTES", 400 * 16 * 4)
     vectors = unit(500)
     index = SearchIndex.build(folder, blocks(vectors[:300]), **MODEL)
     index.add(blocks(vectors, 300), **MODEL)
@@ -256,12 +257,13 @@ def test_a_killed_change_leaves_the_former_index(folder: Path, cut: str, first: 
     before = state(folder)
     code = f"""
 import os, signal
-import unicl.search.index as index
+from unicl.search import change
+from unicl.search.index import SearchIndex
 from tests.unicl.search.vectors import MODEL, blocks, unit
 def die(*arguments): os.kill(os.getpid(), signal.SIGKILL)
-if {cut!r} == "write": index._write = die
-else: index.Draft.commit = die
-index.SearchIndex.build({str(folder)!r}, blocks(unit(60)), **MODEL)
+if {cut!r} == "write": change._write = die
+else: change.Draft.commit = die
+SearchIndex.build({str(folder)!r}, blocks(unit(60)), **MODEL)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == -9
