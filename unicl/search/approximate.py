@@ -55,12 +55,28 @@ class Lists:
         self._coarse = on_gpus(load_faiss().downcast_index(index.quantizer))
 
     @classmethod
-    def learn(cls, vectors: Float32[np.ndarray, "num_items dim"], *, seed: int = 0) -> "Lists":
-        """Lay the lists out for vectors, from a sample of them; they stay empty."""
+    def learn(
+        cls,
+        vectors: Float32[np.ndarray, "num_items dim"],
+        held_out: Int64[np.ndarray, " num_held_out"],
+        *,
+        seed: int = 0,
+    ) -> "Lists":
+        """Lay the lists out for vectors, from a sample of them; they stay empty.
+
+        Args:
+            vectors: What is to be found.
+            held_out: Rows that are not learned from: an item that was lies closer to a centroid
+                than any other query will.
+            seed: Chooses the sample.
+        """
         faiss = load_faiss()
-        count, dim = vectors.shape
-        num_lists = max(1, min(round(_LISTS_PER_ROOT * count**0.5), count // 39))
-        sample = vectors[_drawn(count, num_lists * _LEARNED_FROM_PER_LIST, seed)]
+        dim = vectors.shape[1]
+        rows = np.setdiff1d(np.arange(len(vectors)), held_out)
+        if not len(rows):
+            rows = held_out  # there is one item only
+        num_lists = max(1, min(round(_LISTS_PER_ROOT * len(vectors) ** 0.5), len(rows) // 39))
+        sample = vectors[rows[_drawn(len(rows), num_lists * _LEARNED_FROM_PER_LIST, seed)]]
         clustering = faiss.Clustering(dim, num_lists)
         clustering.niter, clustering.seed = _ITERATIONS, seed
         # Centroids of unit length: the nearest of them is then the one of the largest product.
@@ -120,7 +136,7 @@ class Sample:
         seed: int = 1,
     ) -> "Sample":
         """Take some items, and some texts, as queries; they have seen no item yet."""
-        own = _drawn(len(vectors), _NUM_QUERIES, seed)
+        own = _drawn(len(vectors), min(_NUM_QUERIES, 1 + len(vectors) // 4), seed)
         queries = vectors[own]
         if texts is not None:
             chosen = _drawn(len(texts), _NUM_QUERIES, seed)

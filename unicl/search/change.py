@@ -139,8 +139,8 @@ def _write_approximate(
     say: Callable[[str], None],
 ) -> Facts:
     say("learning the lists")
-    lists = Lists.learn(vectors)
     sample = Sample.draw(vectors, texts)
+    lists = Lists.learn(vectors, sample.own)
     say("filling the lists")
     for start in range(0, len(vectors), ROWS_AT_ONCE):
         block = vectors[start : start + ROWS_AT_ONCE]
