@@ -1,0 +1,561 @@
+"""Linear probes: logistic regression on frozen features, CLIP's search included (Florence 3.2).
+
+The objective is that of scikit-learn's `LogisticRegression`: for an inverse strength C of the
+regularisation,
+
+    1/2 ||weight||^2  +  C * sum over the images of the cross-entropy
+
+with an intercept that is not penalised. Images with several labels have one logistic regression
+per class, as in `OneVsRestClassifier`.
+
+How it is solved: full-batch L-BFGS, whose first guess of the inverse Hessian is a Kronecker product.
+The Hessian is a mean over images of (covariance of the predicted class) x (features' outer
+product); the product of the two means is close to it, follows the features whatever their scale
+and correlation, and is inverted for every C by the same two small eigendecompositions. Several C
+are solved as a path, each from the solution before it.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from unicl.data.atomic import atomic_file
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.metrics import top_k_accuracy
+
+Features = Float[Tensor, "num_images dim"]
+Targets = Int[Tensor, " num_images"] | Bool[Tensor, "num_images num_classes"]
+Metric = Callable[[Float[Tensor, "num_images num_classes"], Targets], float]
+
+# CLIP's grid (CLIP, A.3): from 1e-6 to 1e6, searched down to eight steps per decade.
+_STEPS_PER_DECADE = 8
+_DECADES = 6
+_FIRST_STEP = 2 * _STEPS_PER_DECADE
+
+# Logits that exist at one time: on a CPU they stay in its cache between the two products.
+_LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+# Pairs of steps and gradient differences that L-BFGS remembers.
+_MEMORY = 20
+
+_MOST_TRIALS = 12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearProbe:
+    """A linear classifier of features."""
+
+    weight: Float[Tensor, "num_classes dim"] = field(repr=False)
+    bias: Float[Tensor, " num_classes"] = field(repr=False)
+    strength: float
+    """C of the objective: the larger, the less the weights are held back."""
+    names: tuple[str, ...] | None = field(default=None, repr=False)
+    """The classes' names, if they are known."""
+
+    def scores(self, features: Features) -> Float[Tensor, "num_images num_classes"]:
+        """Logits of every class: of a softmax, or one sigmoid each where images have many labels.
+
+        Raises:
+            UsageError: features and probe differ in width.
+        """
+        dim = self.weight.shape[1]
+        if features.shape[1] != dim:
+            raise UsageError(
+                f"the probe was fitted on features of width {dim}, these are {features.shape[1]} "
+                "wide: embed the images with the probe's own model"
+            )
+        weight, bias = self.weight.to(features), self.bias.to(features)
+        return torch.addmm(bias, features, weight.T)
+
+    def predict(self, features: Features) -> Int[Tensor, " num_images"]:
+        """The class of the highest score.
+
+        Raises:
+            UsageError: features and probe differ in width.
+        """
+        return self.scores(features).argmax(dim=1)
+
+    def save(self, path: Path) -> None:
+        """Write the probe as one safetensors file.
+
+        Raises:
+            UniclError: the file cannot be written.
+        """
+        tensors = {"weight": self.weight, "bias": self.bias}
+        metadata = {"format": "pt", "strength": repr(self.strength)}
+        if self.names is not None:
+            metadata["names"] = json.dumps(self.names)
+        data = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
+        with atomic_file(Path(path)) as file:
+            file.write(data)
+
+    @classmethod
+    def load(cls, path: Path) -> "LinearProbe":
+        """Read a probe that `save` wrote; its tensors lie on the CPU.
+
+        Raises:
+            UsageError: the file is missing or cannot be read, or holds no probe.
+            UniclError: the file is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+        except OSError as error:
+            reason = error.strerror or ("no such file" if not Path(path).exists() else str(error))
+            raise UsageError(f"cannot read the probe {path}: {reason}") from error
+        except SafetensorError as error:
+            raise UniclError(f"the probe {path} is damaged: {error}; fit it again") from error
+        if not tensors.keys() >= {"weight", "bias"} or "strength" not in metadata:
+            raise UsageError(f"{path} holds no linear probe: it needs weight, bias and strength")
+        return cls(
+            weight=tensors["weight"],
+            bias=tensors["bias"],
+            strength=float(metadata["strength"]),
+            names=tuple(json.loads(metadata["names"])) if "names" in metadata else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a search over the regularisation found."""
+
+    probe: LinearProbe
+    """Fitted on training and validation images with the best strength."""
+    strength: float
+    """The best C; of equally good ones the smallest, which regularises most."""
+    metric: float
+    """What the probe with this C, fitted on the training images, reaches in validation."""
+    curve: dict[float, float]
+    """The validation metric by C, ascending, for every C that was tried."""
+
+
+def fit(
+    features: Features,
+    targets: Targets,
+    *,
+    num_classes: int,
+    strengths: Sequence[float],
+    start: Sequence[LinearProbe] | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-4,
+) -> list[LinearProbe]:
+    """Fit one probe per strength; several are solved as a path, the strongest penalty first.
+
+    Args:
+        features: of any scale; computed in fp64 if they are, else in fp32.
+        targets: one class per image, or a table of which classes an image shows.
+        num_classes: classes to choose from; some may have no image.
+        strengths: C of the objective.
+        start: where to begin, one probe per strength; None begins with zeros, then each C with
+            the solution of the next smaller one.
+        max_iterations: L-BFGS iterations per strength, as CLIP's 1000.
+        tolerance: a fit ends when the next step is expected to lower the objective by less than
+            this share of what was gained over a probe without weights. It does not depend on the
+            scale of the features, unlike scikit-learn's bound on the largest gradient.
+
+    Returns:
+        The probes, in the order of the strengths.
+
+    Raises:
+        UsageError: features and targets do not fit each other or the number of classes, are empty,
+            not finite, or show one class only; a strength is not positive.
+    """
+    check(features, targets, num_classes)
+    for strength in strengths:
+        if not (strength > 0 and math.isfinite(strength)):
+            raise UsageError(f"a strength must be a positive number, got {strength}")
+    if start is not None and len(start) != len(strengths):
+        raise UsageError(f"{len(strengths)} strengths but {len(start)} probes to start from")
+    solver = _Solver([(features, targets)], num_classes, max_iterations, tolerance)
+    probes: dict[int, LinearProbe] = {}
+    before = None
+    for number in sorted(range(len(strengths)), key=lambda number: strengths[number]):
+        before = solver.solve(strengths[number], before if start is None else start[number])
+        probes[number] = before
+    return [probes[number] for number in range(len(strengths))]
+
+
+def search(
+    train_features: Features,
+    train_targets: Targets,
+    val_features: Features,
+    val_targets: Targets,
+    *,
+    num_classes: int,
+    metric: Metric = top_k_accuracy,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-4,
+) -> Search:
+    """CLIP's search for C (CLIP, A.3), then a fit on training and validation images together.
+
+    C is tried at every second power of ten from 1e-6 to 1e6, then on both sides of the best one,
+    at half the distance each time, down to an eighth of a decade.
+
+    Args:
+        train_features: what probes are fitted on.
+        train_targets: their classes.
+        val_features: what probes are compared on.
+        val_targets: their classes.
+        num_classes: classes to choose from.
+        metric: of scores and targets; the higher the better.
+        max_iterations: as in `fit`.
+        tolerance: as in `fit`.
+
+    Raises:
+        UsageError: as in `fit`, for either split, or the splits differ in width.
+    """
+    check(train_features, train_targets, num_classes, "training ")
+    check(val_features, val_targets, num_classes, "validation ", fitted=False)
+    if train_features.shape[1] != val_features.shape[1]:
+        raise UsageError(
+            f"the training features are {train_features.shape[1]} wide, the validation features "
+            f"{val_features.shape[1]}: embed both with one model"
+        )
+    if train_targets.dtype != val_targets.dtype:
+        raise UsageError(
+            f"the training targets are {train_targets.dtype}, the validation targets "
+            f"{val_targets.dtype}: give both as classes, or both as tables of bools"
+        )
+    train, validation = (train_features, train_targets), (val_features, val_targets)
+    solver = _Solver([train], num_classes, max_iterations, tolerance)
+    probes: dict[int, LinearProbe] = {}
+    found: dict[int, float] = {}
+
+    def attempt(position: int) -> None:
+        probe = solver.solve(10 ** (position / _STEPS_PER_DECADE), _between(probes, position))
+        probes[position] = probe
+        found[position] = metric(probe.scores(val_features), val_targets)
+
+    def best() -> int:
+        return min(found, key=lambda position: (-found[position], position))
+
+    last = _DECADES * _STEPS_PER_DECADE
+    step = _FIRST_STEP
+    for position in range(-last, last + 1, step):
+        attempt(position)
+    while step > 1:
+        step //= 2
+        centre = best()
+        for position in (centre - step, centre + step):
+            if abs(position) <= last:
+                attempt(position)
+    chosen = probes[best()]
+    whole = _Solver([train, validation], num_classes, max_iterations, tolerance)
+    return Search(
+        probe=whole.solve(chosen.strength, chosen),
+        strength=chosen.strength,
+        metric=found[best()],
+        curve={probes[position].strength: found[position] for position in sorted(found)},
+    )
+
+
+def check(
+    features: Features, targets: Targets, num_classes: int, what: str = "", *, fitted: bool = True
+) -> None:
+    """Say in one line what is wrong with features and their targets, if anything is.
+
+    Args:
+        features: the features.
+        targets: what they show.
+        num_classes: classes to choose from.
+        what: the split's name for the message.
+        fitted: whether a probe is to be fitted on them, which one class alone does not allow.
+
+    Raises:
+        UsageError: something is wrong.
+    """
+    if len(features) != len(targets):
+        raise UsageError(f"{len(features)} {what}features but {len(targets)} {what}targets")
+    if not features.numel():
+        raise UsageError(f"there are no {what}features: a probe needs images of two classes")
+    # The sum is finite if all numbers are, unless it overflows: only then look at each.
+    if not features.sum().isfinite() and not features.isfinite().all():
+        row = int((~features.isfinite()).any(dim=1).nonzero()[0])
+        raise UsageError(f"{what}features of image {row} are not finite: embed it again")
+    if targets.dtype == torch.bool:
+        if targets.shape[1] != num_classes:
+            raise UsageError(
+                f"the {what}targets are a table of {targets.shape[1]} classes, not of {num_classes}"
+            )
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise UsageError(
+            f"the {what}targets hold class {wrong}, but there are {num_classes} classes, from 0"
+        )
+    if fitted and low == high:
+        raise UsageError(f"all {what}targets are class {low}: a probe needs at least two classes")
+
+
+def _between(probes: dict[int, LinearProbe], position: int) -> LinearProbe | None:
+    """Where to start: between the solved neighbours on both sides, or at the one there is."""
+    below = max((other for other in probes if other < position), default=None)
+    above = min((other for other in probes if other > position), default=None)
+    if below is None or above is None:
+        neighbour = below if above is None else above
+        return None if neighbour is None else probes[neighbour]
+    low, high = probes[below], probes[above]
+    share = (position - below) / (above - below)
+    return LinearProbe(
+        weight=torch.lerp(low.weight, high.weight, share),
+        bias=torch.lerp(low.bias, high.bias, share),
+        strength=low.strength,
+    )
+
+
+class _Value(NamedTuple):
+    """Mean objective per image at some parameters, and its gradient."""
+
+    objective: float
+    gradient: Tensor
+    classes: Tensor | None
+    """Mean over the images of the covariance of the predicted class, where it was asked for."""
+
+
+class _Solver:
+    """Solves the same images for one C after another.
+
+    Parameters are one tensor [num_classes, dim + 1], the intercept last. The intercept belongs to
+    features from which their mean was taken, so that it and the weights hardly influence each
+    other; `solve` takes and gives back probes of the features as they are.
+
+    Args:
+        splits: features and targets; several splits count as one.
+        num_classes: classes to choose from.
+        max_iterations: L-BFGS iterations per C.
+        tolerance: share of the gain below which a step is not worth taking.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[tuple[Tensor, Tensor]],
+        num_classes: int,
+        max_iterations: int,
+        tolerance: float,
+    ) -> None:
+        first = splits[0][0]
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.splits = [(features.to(dtype), targets) for features, targets in splits]
+        self.num_classes = num_classes
+        self.max_iterations = max_iterations
+        self.tolerance = tolerance
+        self.num_images = sum(len(features) for features, _ in splits)
+        self.multi_label = splits[0][1].dtype == torch.bool
+        self.mean = sum(features.sum(dim=0) for features, _ in self.splits) / self.num_images
+        self.span = self._shrink() if self.num_images < first.shape[1] else None
+        self.num_evaluations = 0
+        self._eigen()
+        self.null_objective = self._null_objective()
+
+    def solve(self, strength: float, start: LinearProbe | None = None) -> LinearProbe:
+        """Minimise the objective for one C."""
+        penalty = 1 / (strength * self.num_images)
+        parameters = self._minimise(self._enter(start), penalty)
+        return self._leave(parameters, strength)
+
+    def _shrink(self) -> Tensor:
+        """Replace few wide features by their coordinates in the space that they span.
+
+        Weights outside of it change no logit and cost a penalty, so no solution has them.
+        """
+        (features, _), *others = self.splits
+        whole = torch.cat([features, *(more for more, _ in others)]) - self.mean
+        span = torch.linalg.svd(whole, full_matrices=False).Vh
+        self.splits = [((rows - self.mean) @ span.T, targets) for rows, targets in self.splits]
+        self.outer_mean, self.mean = self.mean, torch.zeros_like(span[:, 0])
+        return span
+
+    def _enter(self, probe: LinearProbe | None) -> Tensor:
+        weight = self.mean.new_zeros(self.num_classes, len(self.mean) + 1)
+        if probe is None:
+            return weight
+        inner = probe.weight.to(self.mean)
+        mean = self.mean
+        if self.span is not None:
+            mean = self.outer_mean
+        bias = probe.bias.to(mean) + inner @ mean
+        if self.span is not None:
+            inner = inner @ self.span.T
+        return torch.cat([inner, bias[:, None]], dim=1)
+
+    def _leave(self, parameters: Tensor, strength: float) -> LinearProbe:
+        weight, bias = parameters[:, :-1], parameters[:, -1]
+        mean = self.mean
+        if self.span is not None:
+            weight, mean = weight @ self.span, self.outer_mean
+        return LinearProbe(
+            weight=weight.contiguous(), bias=bias - weight @ mean, strength=strength
+        )
+
+    def _eigen(self) -> None:
+        """Eigenvalues and vectors of the features' covariance."""
+        covariance = self.mean.new_zeros(len(self.mean), len(self.mean))
+        for features, _ in self.splits:
+            for rows in features.split(8192):
+                centred = rows - self.mean
+                covariance.addmm_(centred.T, centred)
+        self.variances, self.axes = torch.linalg.eigh(covariance / self.num_images)
+        self.variances.clamp_(min=0)
+
+    def _null_objective(self) -> float:
+        """The least that a probe without weights reaches: what the classes' shares allow."""
+        if self.multi_label:
+            counts = sum(targets.sum(dim=0) for _, targets in self.splits)
+            shares = torch.as_tensor(counts).double() / self.num_images
+            return float(-(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)).sum())
+        shares = torch.cat([targets for _, targets in self.splits]).bincount() / self.num_images
+        return float(-torch.xlogy(shares.double(), shares.double()).sum())
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        at_once = _LOGITS_AT_ONCE.get(self.mean.device.type, 1 << 22)
+        size = max(256, at_once // self.num_classes)
+        for features, targets in self.splits:
+            yield from zip(features.split(size), targets.split(size), strict=True)
+
+    def _evaluate(self, parameters: Tensor, penalty: float, *, curvature: bool = False) -> _Value:
+        """Objective and gradient, the features read once for both."""
+        self.num_evaluations += 1
+        weight = parameters[:, :-1]
+        bias = parameters[:, -1] - weight @ self.mean
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        gradient = torch.zeros_like(parameters)
+        slopes = torch.zeros_like(weight)
+        classes = weight.new_zeros(self.num_classes, self.num_classes) if curvature else None
+        residual_of = _sigmoid_residual if self.multi_label else _softmax_residual
+        for features, targets in self._chunks():
+            logits = torch.addmm(bias, features, weight.T)
+            loss, residual = residual_of(logits, targets, classes)
+            total += loss
+            slopes.addmm_(residual.T, features)
+            gradient[:, -1] += residual.sum(dim=0)
+        # What the features' mean would have added, had it not been taken from them.
+        slopes.addr_(gradient[:, -1], self.mean, alpha=-1)
+        gradient[:, :-1] = slopes
+        gradient /= self.num_images
+        gradient[:, :-1] += penalty * weight
+        objective = total / self.num_images + penalty / 2 * weight.double().square().sum()
+        return _Value(
+            float(objective), gradient, None if classes is None else classes / self.num_images
+        )
+
+    def _inverse_hessian(self, classes: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+        """The Kronecker-factored guess of the inverse Hessian, as a function of a gradient."""
+        values, vectors = torch.linalg.eigh(classes)
+        values.clamp_(min=float(values[-1]) * 1e-4 + torch.finfo(values.dtype).tiny)
+        scale = torch.empty(len(values), len(self.variances) + 1).to(values)
+        scale[:, :-1] = 1 / (values[:, None] * self.variances + penalty)
+        scale[:, -1] = 1 / values
+
+        def apply(gradient: Tensor) -> Tensor:
+            turned = vectors.T @ gradient
+            turned[:, :-1] = turned[:, :-1] @ self.axes
+            turned *= scale
+            turned[:, :-1] = turned[:, :-1] @ self.axes.T
+            return vectors @ turned
+
+        return apply
+
+    def _minimise(self, parameters: Tensor, penalty: float) -> Tensor:
+        noise = torch.finfo(parameters.dtype).eps
+        now = self._evaluate(parameters, penalty, curvature=True)
+        assert now.classes is not None
+        guess = self._inverse_hessian(now.classes, penalty)
+        pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
+        for iteration in range(self.max_iterations):
+            direction = -_two_loops(now.gradient, pairs, guess)
+            slope = _dot(now.gradient, direction)
+            gain = max(0.0, self.null_objective - now.objective)
+            # A quadratic's minimum lies half the slope below. The first step is always worth
+            # taking: with small features all that there is to gain can drown in rounding.
+            if -slope / 2 <= max(self.tolerance * gain, noise * now.objective if iteration else 0):
+                break
+            step = self._line_search(parameters, direction, slope, now, penalty)
+            if step is None:
+                break
+            length, value = step
+            change, difference = length * direction, value.gradient - now.gradient
+            product = _dot(change, difference)
+            if product > 0:
+                pairs.append((change, difference, product))
+            parameters, now = parameters + change, value
+        return parameters
+
+    def _line_search(
+        self, parameters: Tensor, direction: Tensor, slope: float, now: _Value, penalty: float
+    ) -> tuple[float, _Value] | None:
+        """Shorten a step until the objective falls as far as the slope promises, up to rounding."""
+        allowed = 4 * torch.finfo(parameters.dtype).eps * abs(now.objective)
+        length = 1.0
+        for _ in range(_MOST_TRIALS):
+            value = self._evaluate(parameters + length * direction, penalty)
+            rise = value.objective - now.objective
+            if rise <= 1e-4 * length * slope + allowed:
+                return length, value
+            # Minimum of the parabola through both objectives and the slope.
+            parabola = -slope * length**2 / (2 * (rise - slope * length))
+            length = min(max(parabola, 0.1 * length), 0.5 * length)
+        return None
+
+
+def _two_loops(
+    gradient: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor, float]],
+    guess: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """L-BFGS: apply the inverse Hessian that the remembered pairs make of the first guess."""
+    direction = gradient.clone()
+    shares = []
+    for change, difference, product in reversed(pairs):
+        share = _dot(change, direction) / product
+        direction.sub_(difference, alpha=share)
+        shares.append(share)
+    direction = guess(direction)
+    if pairs:
+        # The guess is scaled to the curvature along the last step, as L-BFGS scales an identity.
+        _, difference, product = pairs[-1]
+        direction *= product / _dot(difference, guess(difference))
+    for (change, difference, product), share in zip(pairs, reversed(shares), strict=True):
+        direction.add_(change, alpha=share - _dot(difference, direction) / product)
+    return direction
+
+
+def _softmax_residual(
+    logits: Tensor, targets: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy and its gradient by the logits, which takes their place in memory."""
+    log_shares = torch.log_softmax(logits, dim=1)
+    loss = -log_shares.gather(1, targets[:, None]).sum(dtype=torch.float64)
+    shares = log_shares.exp_()
+    if classes is not None:
+        classes.diagonal().add_(shares.sum(dim=0))
+        classes.addmm_(shares.T, shares, alpha=-1)
+    minus_one = shares.new_full((1, 1), -1.0).expand(len(shares), 1)
+    return loss, shares.scatter_add_(1, targets[:, None], minus_one)
+
+
+def _sigmoid_residual(
+    logits: Tensor, targets: Tensor, classes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same for one binary decision per class."""
+    loss = (softplus(logits) - logits * targets).sum(dtype=torch.float64)
+    shares = logits.sigmoid()
+    if classes is not None:
+        classes.diagonal().add_((shares * (1 - shares)).sum(dim=0))
+    return loss, shares.sub_(targets.to(shares.dtype))
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float(torch.dot(first.flatten(), second.flatten()))
