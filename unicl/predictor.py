@@ -176,7 +176,7 @@ class Predictor:
         name = str(image) if isinstance(image, str | Path) else f"image {number}"
         try:
             if isinstance(image, str | Path):
-                return self.transform(open_image(_read(str(image))), 0)
+                return self.transform(open_image(read_image(str(image))), 0)
             if isinstance(image, Image.Image) and 0 in image.size:
                 raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
             return self.transform(image if isinstance(image, Image.Image) else _picture(image), 0)
@@ -189,8 +189,12 @@ class Predictor:
             raise UsageError(f"{name}: {error}") from error
 
 
-def _read(place: str) -> bytes:
-    """Read a file, or fetch one by its URL."""
+def read_image(place: str) -> bytes:
+    """Read an image's file, or fetch it by its URL.
+
+    Raises:
+        OSError: it is not there, or larger than 256 MiB.
+    """
     if not _URL.match(place):
         return Path(place).read_bytes()
     try:

@@ -396,9 +396,7 @@ class _Solver:
         mean = self.mean
         if self.span is not None:
             weight, mean = weight @ self.span, self.outer_mean
-        return LinearProbe(
-            weight=weight.contiguous(), bias=bias - weight @ mean, strength=strength
-        )
+        return LinearProbe(weight=weight.contiguous(), bias=bias - weight @ mean, strength=strength)
 
     def _eigen(self) -> None:
         """Eigenvalues and vectors of the features' covariance."""

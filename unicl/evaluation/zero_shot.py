@@ -245,6 +245,7 @@ def rank_classes(
     *,
     scale: float,
     num_guesses: int = 5,
+    twins: Int[Tensor, " num_classes"] | None = None,
 ) -> tuple[
     Int[Tensor, "num_images num_guesses"],
     Float[Tensor, "num_images num_guesses"],
@@ -252,7 +253,17 @@ def rank_classes(
 ]:
     """The best classes, their probabilities, and how many wrong classes stand before the right one.
 
-    The scores of at most 256 images against all classes exist at one time.
+    A wrong class that scores as high as the right one stands before it: a collapsed model scores
+    zero, not by luck. The scores of at most 256 images against all classes exist at one time.
+
+    Args:
+        images: unit-length embeddings.
+        classifier: one unit-length embedding per class.
+        classes: number of each image's class.
+        scale: factor of the similarities.
+        num_guesses: best classes to return.
+        twins: for each class the first one of the same name, where names repeat (ImageNet's do):
+            nobody could tell them apart, so the first is the answer, as everywhere else.
     """
     parts = []
     for chunk, truth in zip(
@@ -260,7 +271,11 @@ def rank_classes(
     ):
         scores = chunk @ classifier.T
         right = scores.gather(1, truth[:, None])
-        ranks = (scores >= right - TIE).sum(dim=1) - 1
+        before = scores >= right - TIE
+        if twins is not None:
+            later = torch.arange(len(classifier)) > truth[:, None]
+            before &= ~((twins == twins[truth][:, None]) & later)
+        ranks = before.sum(dim=1) - 1
         guesses = scores.topk(min(num_guesses, len(classifier)), dim=1)
         total = (scale * scores).logsumexp(dim=1, keepdim=True)
         parts.append((guesses.indices, (scale * guesses.values - total).exp(), ranks))

@@ -62,7 +62,7 @@ class ToyModel(TwoTower):
 def toy(model: ToyModel | None = None) -> Pretrained:
     return Pretrained(
         name="toy",
-        model=ToyModel() if model is None else model,
+        model=(ToyModel() if model is None else model).eval(),
         tokenize=tokenize,
         transform=EvalTransform(4),
         image_size=4,

@@ -10,7 +10,12 @@ import numpy as np
 from torchvision.datasets.folder import make_dataset
 
 from unicl.data.image_sets.clip_classes import DEFAULT_TEMPLATES
-from unicl.data.image_sets.image_set import ClassificationSet, require_split, require_whole
+from unicl.data.image_sets.image_set import (
+    ClassificationSet,
+    ImageSet,
+    require_split,
+    require_whole,
+)
 from unicl.data.image_sets.images import ImageFiles
 from unicl.data.shard_index import IMAGE_EXTENSIONS
 from unicl.data.sources import class_name, visible_folder
@@ -49,6 +54,23 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
         targets=np.array([number for _, number in found], np.int64),
         metric="top1",
     )
+
+
+def open_loose_images(folder: Path) -> ImageSet:
+    """Open all images of a folder and of those below it, whatever they are called.
+
+    Raises:
+        UsageError: There is no image.
+    """
+    found = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _EXTENSIONS and not path.name.startswith(".")
+    )
+    if not found:
+        raise UsageError(f"{folder} has no image; expected {', '.join(_EXTENSIONS)}")
+    names = [str(path) for path in found]
+    return ImageSet(name=str(folder), split="", splits=(), images=ImageFiles(folder, names))
 
 
 def _parts(folder: Path) -> dict[str, Path]:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from unicl.data.image_sets.images import Images
+from unicl.data.image_sets.images import ImageFiles, Images
 from unicl.data.shards import RawSample
 from unicl.errors import UsageError
 
@@ -72,6 +73,12 @@ class ImageSet:
     def locate(self, index: int) -> tuple[str, int]:
         """Return where an image lies and its place there, for messages."""
         return self.images.locate(index)
+
+    def path(self, index: int) -> Path | None:
+        """Return the absolute path of an image that is a file of its own; None for others."""
+        if not isinstance(self.images, ImageFiles):
+            return None
+        return (self.images.folder / self.locate(index)[0]).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)

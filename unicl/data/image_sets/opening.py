@@ -4,9 +4,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from unicl.data.image_sets.class_folder import open_class_folder
+from unicl.data.image_sets.class_folder import open_class_folder, open_loose_images
 from unicl.data.image_sets.digits import open_digits
-from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet
+from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, ImageSet
 from unicl.data.image_sets.karpathy import KARPATHY_SETS, open_karpathy
 from unicl.data.image_sets.prepared import open_prepared, prepared_parts
 from unicl.data.image_sets.public import PUBLIC_SETS, open_public
@@ -49,6 +49,26 @@ def open_image_set(
     if kind not in (None, found):
         raise UsageError(f"{spec} has {found}, but {kind} are needed; choose another set")
     return opened
+
+
+def open_images(spec: str, *, split: str = "test", root: Path, download: bool = False) -> ImageSet:
+    """Open images without asking for classes or captions: a set, or any folder of images.
+
+    Args:
+        spec: As in `open_image_set`, or a folder with images anywhere below it.
+        split: As in `open_image_set`.
+        root: As in `open_image_set`.
+        download: As in `open_image_set`.
+
+    Raises:
+        UsageError: There is no such set or folder, or no image in it.
+        UniclError: It cannot be downloaded, or is damaged.
+    """
+    folder = Path(spec)
+    known = spec in KNOWN_SETS or not folder.is_dir()
+    if known or prepared_parts(folder) is not None or is_webdataset(folder):
+        return open_image_set(spec, split=split, root=root, download=download)
+    return open_loose_images(folder)
 
 
 def _open(

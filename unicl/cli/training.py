@@ -1,56 +1,21 @@
-"""The command line: one line for a mistake, exit code 2 for usage and 1 for failure.
-
-Imports no torch until a command needs it, so that `unicl --help` answers at once.
-"""
+"""The commands that make a model: demo, prepare, train, verify-gradients, plan."""
 
 import argparse
 import logging
 import os
-import signal
-import sys
-import threading
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import unicl
-from unicl.config import Recipe, load_recipe, recipe_names
-from unicl.errors import UniclError, UsageError
+from unicl.config import load_recipe, recipe_names
+from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
 
 _A100_TFLOPS = 312.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; a user's mistake never ends in a traceback."""
-    _log_to_stderr()
-    # torch's threads spin while they wait, on cores that the loader's workers could use: a third
-    # of the throughput on a busy machine. Read when torch is imported, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        _clean_up_when_terminated()
-        words, overrides = _split(sys.argv[1:] if argv is None else argv)
-        arguments = _parser().parse_args(words)
-        if overrides and not arguments.takes_overrides:
-            raise UsageError(f"--{next(iter(overrides))} is no option here; see unicl --help")
-        arguments.run(arguments, overrides)
-    except UniclError as error:
-        return error.exit_code if error.told else _fail(str(error), error.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", UniclError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="unicl", description=unicl.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"unicl {unicl.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
+def add_commands(commands: Any) -> None:
+    """Add them to the command line."""
     demo = commands.add_parser(
         "demo",
         help="the whole job on the embedded corpus, ending in a report to look at",
@@ -115,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify_gradients, takes_overrides=True)
     _add_plan(commands)
-    return parser
 
 
 def _add_plan(commands: Any) -> None:
@@ -214,54 +178,3 @@ def _plan(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         text_length=arguments.text_length,
     )
     show(foretold, device="A100 GPUs in bf16" if arguments.peak_tflops is None else "GPUs")
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Part the recipe's keys (`--a.b VALUE`, `--a.b=VALUE`) from a command's own options."""
-    top_level = {field.name for field in fields(Recipe)}
-    plain, overrides = [], {}
-    rest = iter(words)
-    for word in rest:
-        if word.startswith("--local_rank="):  # what the deepspeed launcher adds; LOCAL_RANK tells
-            continue
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not ("." in key or key in top_level):
-            plain.append(word)
-            continue
-        if not equals:
-            following = next(rest, None)
-            if following is None:
-                raise UsageError(f"--{key} needs a value")
-            value = following
-        overrides[key] = value
-    return plain, overrides
-
-
-def _clean_up_when_terminated() -> None:
-    """Make a job that is cancelled end like one that Ctrl-C ends."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, through the same door as every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def _fail(message: str, code: int) -> int:
-    logger.error("unicl: error: %s", " ".join(message.split()))
-    return code
-
-
-def _log_to_stderr() -> None:
-    """Write messages as plain lines; looked up at each line, so that a progress bar stays below."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            sys.stderr.write(self.format(record) + "\n")
-
-    logger.handlers = [Handler()]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False

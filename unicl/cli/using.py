@@ -1,0 +1,213 @@
+"""The commands that use a model: eval, embed, index, search, export, report."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from unicl.errors import UsageError
+
+logger = logging.getLogger("unicl")
+
+_MODEL = "a run's folder or checkpoint, an exported folder, open_clip:NAME[/WEIGHTS], or a .pth"
+_SET = "a known set's name, a folder of class folders, of prepared shards or of WebDataset tars"
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to the command line."""
+    _add_eval(commands)
+    _add_embed(commands)
+    _add_index(commands)
+    _add_search(commands)
+
+
+def _add_eval(commands: Any) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="evaluate a model: zero-shot, linear probe, few-shot, retrieval",
+        description="Evaluate by the paper's protocols, beside its figures. Results are JSON in "
+        "CLIP_benchmark's schema. Start it as you start train to share the work among ranks.",
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument(
+        "task", metavar="TASK", help="zero-shot, linear-probe, few-shot, retrieval"
+    )
+    command.add_argument(
+        "data", metavar="DATA", nargs="+", help=f"{_SET}, or all: the paper's sets that are there"
+    )
+    _add_sets(command)
+    _add_arithmetic(command)
+    command.add_argument(
+        "--out", type=Path, help="folder of the results (default: evaluation in the run's folder)"
+    )
+    command.add_argument("--templates", metavar="NAME", help="another prompt ensemble: none, ...")
+    command.add_argument(
+        "--shots", default="5,20,50", metavar="N,N", help="few-shot: images per class"
+    )
+    command.add_argument(
+        "--episodes", type=int, default=600, metavar="N", help="few-shot: how many"
+    )
+    command.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the results as a table, too"
+    )
+    command.set_defaults(run=_eval, takes_overrides=False)
+
+
+def _add_embed(commands: Any) -> None:
+    command = commands.add_parser(
+        "embed",
+        help="embed the images of a set or a folder: what index reads",
+        description="Write embeddings.npy, a row per image, and items.jsonl, a line per row.",
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("data", metavar="DATA", help=f"{_SET}, or any folder of images")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_sets(command)
+    _add_arithmetic(command)
+    command.set_defaults(run=_embed, takes_overrides=False)
+
+
+def _add_index(commands: Any) -> None:
+    command = commands.add_parser(
+        "index",
+        help="make embeddings searchable, or add some to an index",
+        description="Build a FAISS index of what embed wrote; an approximate one looks through as "
+        "few lists as the wanted recall allows, and says what it reaches.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "embeddings", metavar="EMBEDDINGS", nargs="+", type=Path, help="folders that embed wrote"
+    )
+    command.add_argument("--out", type=Path, required=True, help="the index's folder")
+    command.add_argument(
+        "--add", action="store_true", help="add to the index that is there; items it has stay"
+    )
+    command.add_argument("--kind", default="auto", help="auto (default), exact or approximate")
+    command.add_argument(
+        "--recall", type=float, default=0.95, metavar="R", help="wanted recall at 10 (default 0.95)"
+    )
+    command.set_defaults(run=_index, takes_overrides=False)
+
+
+def _add_search(commands: Any) -> None:
+    command = commands.add_parser(
+        "search",
+        help="find images by text or by image",
+        description="Print the nearest images of each query as a table or JSON, or write a page.",
+        allow_abbrev=False,
+    )
+    command.add_argument("index", metavar="INDEX", type=Path, help="a folder that index wrote")
+    command.add_argument("queries", metavar="QUERY", nargs="*", help="texts to look for")
+    command.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image to look for"
+    )
+    command.add_argument("--k", type=int, default=10, help="images per query (default 10)")
+    command.add_argument(
+        "--model", metavar="MODEL", help="the model that embedded, where it has moved"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page of pictures, too")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.set_defaults(run=_search, takes_overrides=False)
+
+
+def _add_sets(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--root", type=Path, default=Path("data"), help="where known sets lie (default: data)"
+    )
+    command.add_argument(
+        "--download", action="store_true", help="fetch known sets that are not there into --root"
+    )
+    command.add_argument("--split", default="test", help="part of the sets (default: test)")
+
+
+def _add_arithmetic(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
+    command.add_argument("--batch-size", type=int, default=256, metavar="N")
+    command.add_argument("--workers", type=int, default=2, metavar="N", help="loading processes")
+    command.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where embeddings are remembered, or none (default: $UNICL_CACHE or ~/.cache/unicl)",
+    )
+
+
+def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.evaluator import evaluate, show
+
+    results = evaluate(arguments.model, arguments.task, arguments.data, _options(arguments))
+    if results:
+        show(results, csv=arguments.csv)
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    from unicl.evaluator import Options, default_cache
+
+    cache = None if arguments.cache == "none" else arguments.cache
+    return Options(
+        root=arguments.root,
+        download=arguments.download,
+        split=arguments.split,
+        out=arguments.out,
+        cache=default_cache() if arguments.cache is None else cache and Path(cache),
+        device=arguments.device,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.workers,
+        templates=getattr(arguments, "templates", None),
+        shots=_numbers("--shots", getattr(arguments, "shots", "5")),
+        num_episodes=getattr(arguments, "episodes", 600),
+    )
+
+
+def _embed(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.searching import embed
+
+    embed(arguments.model, arguments.data, _options(arguments))
+
+
+def _index(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.searching import add_to_index, build_index
+
+    if arguments.add:
+        add_to_index(arguments.out, arguments.embeddings)
+    else:
+        build_index(
+            arguments.out, arguments.embeddings, kind=arguments.kind, recall=arguments.recall
+        )
+
+
+def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.searching import search, show, to_json, write_page
+
+    if not arguments.queries and not arguments.image:
+        raise UsageError("search needs a text or an --image to look for")
+    searched = search(
+        arguments.index,
+        texts=arguments.queries,
+        images=arguments.image,
+        k=arguments.k,
+        model=arguments.model,
+        device=arguments.device,
+    )
+    if arguments.html is not None:
+        write_page(arguments.html, searched)
+        logger.info("open %s in a browser", arguments.html)
+    if arguments.json:
+        sys.stdout.write(to_json(searched) + "\n")
+    else:
+        show(searched)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{option} must be positive whole numbers, such as 5,20, got {text!r}")
+    return numbers

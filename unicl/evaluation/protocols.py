@@ -1,0 +1,423 @@
+"""The papers' protocols: a model and a set of images in, figures out (Florence 3.1 to 3.5)."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from PIL import Image
+from torch import Tensor
+
+from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet
+from unicl.errors import UsageError
+from unicl.evaluation.cache import Setting, classifier, image_embeddings, texts_embeddings
+from unicl.evaluation.few_shot import draw_episodes
+from unicl.evaluation.few_shot import few_shot as train_heads
+from unicl.evaluation.linear_probe import LinearProbe, Search, search
+from unicl.evaluation.metrics import (
+    bootstrap_interval,
+    mean_interpolated_average_precision,
+    top_k_accuracy,
+    wilson_interval,
+)
+from unicl.evaluation.results import Result
+from unicl.evaluation.retrieval import recall
+from unicl.evaluation.zero_shot import rank_classes
+from unicl.towers.pretrained import Pretrained
+
+# Of a training split without a validation split, this share chooses the regularisation.
+_HELD_BACK = 0.2
+_KS = (1, 5, 10)
+# Images named right, and as many named wrong, that a report shows.
+_EXAMPLES = 12
+
+Figures = tuple[dict[str, float], tuple[float, float]]
+"""Metrics by name, and the 95% interval of the headline."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and what it was taken for."""
+
+    index: int
+    """Its number in the set."""
+    truth: str
+    """Its class."""
+    guesses: tuple[tuple[str, float], ...]
+    """The best classes and their probabilities, best first."""
+    right: bool
+    """Whether its class is the first guess."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the images of a set with one class each were taken for."""
+
+    class_names: tuple[str, ...]
+    """Names of the classes."""
+    confusion: Int64[np.ndarray, "num_classes num_classes"]
+    """Images by their class and by the first guess."""
+    examples: tuple[Example, ...]
+    """Some named right and some named wrong, spread evenly over the set."""
+
+
+def zero_shot(
+    model: Pretrained,
+    images: ClassificationSet,
+    setting: Setting,
+    *,
+    templates: Sequence[str] | None = None,
+) -> tuple[Result, Answers | None]:
+    """Name images by the nearest prompt ensemble (Florence 3.1).
+
+    Args:
+        model: the model.
+        images: the images, their class names and the metric of the set.
+        setting: how to embed.
+        templates: another prompt ensemble than the set's own.
+
+    Returns:
+        The result, and what the images were taken for, if each has one class.
+    """
+    start = time.perf_counter()
+    templates = images.templates if templates is None else tuple(templates)
+    embedded = image_embeddings(model, images, setting)
+    classes = classifier(model, images.class_names, templates, setting)
+    rows = embedded.rows.numpy()
+    answers = None
+    if images.targets.ndim == 1:
+        targets = torch.from_numpy(images.targets[rows])
+        best, shares, ranks = rank_classes(
+            embedded.embeddings,
+            classes,
+            targets,
+            scale=model.model.scale().item(),
+            twins=_twins(images.class_names),
+        )
+        figures = _of_ranks(ranks, targets, images)
+        answers = Answers(
+            images.class_names,
+            _confusion(len(images.class_names), targets, best[:, 0]),
+            _examples(images.class_names, rows, targets, best, shares, ranks),
+        )
+    else:
+        figures = _of_scores(embedded.embeddings @ classes.T, images, rows)
+    protocol = {"num_classes": len(images.class_names), "num_templates": len(templates)}
+    skipped = _left_out(images, embedded.skipped)
+    return (
+        _result("zero_shot", model, images, setting, figures, len(rows), skipped, protocol, start),
+        answers,
+    )
+
+
+def linear_probe(
+    model: Pretrained,
+    train: ClassificationSet,
+    validation: ClassificationSet | None,
+    test: ClassificationSet,
+    setting: Setting,
+) -> tuple[Result, Search]:
+    """Fit a logistic regression on frozen features, and test it (Florence 3.2; CLIP A.3).
+
+    Args:
+        model: the model.
+        train: images to fit on.
+        validation: images to choose the regularisation on; None holds a fifth of `train` back. The
+            final probe is fitted on both.
+        test: images to test on.
+        setting: how to embed.
+
+    Raises:
+        UsageError: the parts have other classes.
+    """
+    start = time.perf_counter()
+    for part in (validation, test):
+        if part is not None and part.class_names != train.class_names:
+            raise UsageError(
+                f"{train} has {len(train.class_names)} classes, {part} has others or "
+                f"{len(part.class_names)}: a probe needs the same classes in all parts"
+            )
+    features, targets, skipped = _features(model, train, setting)
+    if validation is None:
+        kept = _kept(len(features))
+        parts = (features[kept], targets[kept], features[~kept], targets[~kept])
+    else:
+        chosen_on, chosen_targets, more = _features(model, validation, setting)
+        parts = (features, targets, chosen_on, chosen_targets)
+        skipped += more
+    metric: Callable[..., float] = top_k_accuracy
+    if train.targets.ndim == 2:
+        metric = mean_interpolated_average_precision
+    found = search(*parts, num_classes=len(train.class_names), metric=metric)
+    probe = replace(found.probe, names=train.class_names)
+    result = ask_probe(probe, model, test, setting)
+    return (
+        replace(
+            result,
+            skipped=dict(skipped + Counter(result.skipped)),
+            protocol={
+                **result.protocol,
+                "num_train": len(parts[0]) + len(parts[2]),
+                "chosen_on": "a fifth of train" if validation is None else str(validation),
+                "chosen_at": found.metric,
+            },
+            seconds=time.perf_counter() - start,
+        ),
+        replace(found, probe=probe),
+    )
+
+
+def ask_probe(
+    probe: LinearProbe, model: Pretrained, test: ClassificationSet, setting: Setting
+) -> Result:
+    """Test a probe that was fitted before.
+
+    Raises:
+        UsageError: probe and set have other classes, or probe and model another width.
+    """
+    start = time.perf_counter()
+    if probe.names is not None and probe.names != test.class_names:
+        raise UsageError(
+            f"the probe has {len(probe.names)} classes, {test} has others or "
+            f"{len(test.class_names)}: fit one on this set"
+        )
+    embedded = image_embeddings(model, test, setting)
+    rows = embedded.rows.numpy()
+    figures = _of_scores(probe.scores(embedded.features), test, rows)
+    protocol = {"strength": probe.strength, "width": embedded.features.shape[1]}
+    skipped = _left_out(test, embedded.skipped)
+    return _result(
+        "linear_probe", model, test, setting, figures, len(rows), skipped, protocol, start
+    )
+
+
+def few_shot(
+    model: Pretrained,
+    images: ClassificationSet,
+    setting: Setting,
+    *,
+    shots: Sequence[int] = (5, 20, 50),
+    num_episodes: int = 600,
+    seed: int = 0,
+) -> Result:
+    """Learn five classes from a few images each, again and again (Florence 3.4).
+
+    Args:
+        model: the model; it stays as it is, where the paper tunes it in each episode.
+        images: a set with one class per image.
+        setting: how to embed.
+        shots: images to learn from per class.
+        num_episodes: how often for each.
+        seed: decides the episodes.
+
+    Raises:
+        UsageError: images have several classes, or too few classes have enough images.
+    """
+    start = time.perf_counter()
+    if images.targets.ndim == 2:
+        raise UsageError(f"few-shot episodes need one class per image; {images} has several")
+    features, targets, skipped = _features(model, images, setting)
+    mirrored, _, _ = _features(_mirrored(model), images, setting)
+    views = torch.stack([features, mirrored])
+    metrics, intervals = {}, {}
+    for shot in shots:
+        episodes = draw_episodes(targets.numpy(), shot=shot, num_episodes=num_episodes, seed=seed)
+        accuracies = train_heads(views, episodes, seed=seed)
+        metrics[f"{shot}_shot"] = accuracies.mean
+        intervals[f"{shot}_shot"] = accuracies.interval
+    headline = next(iter(metrics))
+    protocol = {
+        "num_episodes": num_episodes,
+        "seed": seed,
+        "backbone": "frozen",
+        "intervals": intervals,
+    }
+    figures = metrics, intervals[headline]
+    result = _result(
+        "few_shot", model, images, setting, figures, len(features), skipped, protocol, start
+    )
+    return replace(result, headline=headline)
+
+
+def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result:
+    """Find texts by images and images by texts (Florence 3.5).
+
+    Every caption is asked for by itself, also where several images share its words.
+    """
+    start = time.perf_counter()
+    embedded = image_embeddings(model, images, setting)
+    rows = embedded.rows.tolist()
+    texts = [text for row in rows for text in images.captions[row]]
+    owners = [place for place, row in enumerate(rows) for _ in images.captions[row]]
+    pairs = torch.stack([torch.tensor(owners), torch.arange(len(texts))], dim=1)
+    found = texts_embeddings(model, texts, setting)
+    sides = {
+        "i2t": recall(embedded.embeddings, found, pairs, _KS),
+        "t2i": recall(found, embedded.embeddings, pairs.flip(1), _KS),
+    }
+    metrics = {
+        f"{side}_r{k}": value for side, recalls in sides.items() for k, value in recalls.items()
+    }
+    figures = metrics, wilson_interval(metrics["t2i_r1"], len(texts))
+    protocol = {"num_texts": len(texts)}
+    skipped = _left_out(images, embedded.skipped)
+    return _result(
+        "retrieval", model, images, setting, figures, len(rows), skipped, protocol, start
+    )
+
+
+def _result(
+    task: Any,
+    model: Pretrained,
+    images: ImageSet,
+    setting: Setting,
+    figures: Figures,
+    num_images: int,
+    skipped: Mapping[str, int],
+    protocol: Mapping[str, Any],
+    start: float,
+) -> Result:
+    metrics, interval = figures
+    return Result(
+        task=task,
+        dataset=images.name,
+        model=model.name,
+        metrics=metrics,
+        headline=images.metric if isinstance(images, ClassificationSet) else "t2i_r1",
+        interval=interval,
+        num_images=num_images,
+        skipped=dict(skipped),
+        protocol={
+            "split": images.split,
+            "image_size": model.image_size,
+            "precision": "fp32" if setting.autocast is None else str(setting.autocast)[6:],
+            **protocol,
+        },
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _features(
+    model: Pretrained, images: ClassificationSet, setting: Setting
+) -> tuple[
+    Float[Tensor, "num_images width"],
+    Int[Tensor, " num_images"] | Bool[Tensor, "num_images num_classes"],
+    Counter[str],
+]:
+    embedded = image_embeddings(model, images, setting)
+    targets = torch.from_numpy(images.targets[embedded.rows.numpy()])
+    return embedded.features, targets, _left_out(images, embedded.skipped)
+
+
+def _left_out(images: ImageSet, unread: Mapping[str, int]) -> Counter[str]:
+    return Counter(images.skipped) + Counter(unread)
+
+
+def _kept(num_images: int) -> Bool[Tensor, " num_images"]:
+    """Say which images of a training split are fitted on; the others choose."""
+    shuffled = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    kept = torch.ones(num_images, dtype=torch.bool)
+    kept[shuffled[: max(1, round(_HELD_BACK * num_images))]] = False
+    return kept
+
+
+def _of_scores(
+    scores: Float[Tensor, "num_images num_classes"],
+    images: ClassificationSet,
+    rows: Int64[np.ndarray, " num_images"],
+) -> Figures:
+    targets = torch.from_numpy(images.targets[rows])
+    if images.targets.ndim == 1:
+        right = scores.gather(1, targets[:, None])
+        return _of_ranks((scores >= right).sum(dim=1) - 1, targets, images)
+    counted = torch.ones_like(targets)
+    if images.counted is not None:
+        counted = torch.from_numpy(images.counted[rows])
+    tables = (scores, targets, counted)
+    value = mean_interpolated_average_precision(*tables)
+    interval = bootstrap_interval(mean_interpolated_average_precision, *tables, num_draws=200)
+    return {"map11": value}, interval
+
+
+def _of_ranks(
+    ranks: Int[Tensor, " num_images"],
+    targets: Int[Tensor, " num_images"],
+    images: ClassificationSet,
+) -> Figures:
+    right = (ranks < 1).double()
+    num_classes = len(images.class_names)
+
+    def mean_per_class(right: Tensor, targets: Tensor) -> float:
+        counts = targets.bincount(minlength=num_classes).double()
+        hits = targets.bincount(right, minlength=num_classes)
+        return (hits[counts > 0] / counts[counts > 0]).mean().item()
+
+    metrics = {
+        "top1": right.mean().item(),
+        "top5": (ranks < 5).double().mean().item(),
+        "mean_per_class": mean_per_class(right, targets),
+    }
+    if images.metric == "mean_per_class":
+        return metrics, bootstrap_interval(mean_per_class, right, targets)
+    return metrics, wilson_interval(metrics["top1"], len(ranks))
+
+
+def _twins(names: Sequence[str]) -> Int[Tensor, " num_classes"]:
+    """Return for each class the first one that has its name."""
+    first: dict[str, int] = {}
+    return torch.tensor([first.setdefault(name, number) for number, name in enumerate(names)])
+
+
+def _confusion(
+    num_classes: int, targets: Tensor, guesses: Tensor
+) -> Int64[np.ndarray, "num_classes num_classes"]:
+    cells = (targets * num_classes + guesses).bincount(minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes).numpy()
+
+
+def _examples(
+    names: Sequence[str],
+    rows: Int64[np.ndarray, " num_images"],
+    targets: Tensor,
+    best: Tensor,
+    shares: Tensor,
+    ranks: Tensor,
+) -> tuple[Example, ...]:
+    """Choose images spread evenly over the set, so that nobody picks the pretty ones."""
+    chosen = []
+    for right in (True, False):
+        places = ((ranks < 1) == right).nonzero()[:, 0]
+        count = min(_EXAMPLES, len(places))
+        chosen += [(int(places[n * len(places) // count]), right) for n in range(count)]
+    return tuple(
+        Example(
+            index=int(rows[place]),
+            truth=names[int(targets[place])],
+            guesses=tuple(
+                (names[number], share)
+                for number, share in zip(best[place].tolist(), shares[place].tolist(), strict=True)
+            ),
+            right=right,
+        )
+        for place, right in chosen
+    )
+
+
+@dataclass(frozen=True)
+class _Mirror:
+    """A transform whose results are mirrored, left to right."""
+
+    transform: Callable[[Image.Image, int], Tensor]
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        return self.transform(image, seed).flip(-1)
+
+
+def _mirrored(model: Pretrained) -> Pretrained:
+    return replace(
+        model, transform=_Mirror(model.transform), identity=f"{model.identity}, mirrored"
+    )

@@ -1,0 +1,299 @@
+"""`unicl eval`: a model and sets by their names, a protocol; figures beside the papers'."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from unicl.data.atomic import atomic_file
+from unicl.data.image_sets import (
+    LINEAR_PROBE_SETS,
+    ZERO_SHOT_SETS,
+    CaptionSet,
+    ClassificationSet,
+    open_image_set,
+)
+from unicl.data.prompts import TEMPLATES
+from unicl.distributed import Ranks, joined
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation import protocols
+from unicl.evaluation.answers import save_answers
+from unicl.evaluation.cache import Setting
+from unicl.evaluation.linear_probe import LinearProbe
+from unicl.evaluation.published import Published, published
+from unicl.evaluation.results import Result, save_result, to_csv
+from unicl.models import choose_device, load
+from unicl.towers.pretrained import Pretrained
+
+logger = logging.getLogger("unicl")
+
+TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval")
+"""Protocols that leave the model as it is."""
+
+_PAPERS_SETS = {
+    "zero-shot": ZERO_SHOT_SETS,
+    "linear-probe": LINEAR_PROBE_SETS,
+    "retrieval": ("flickr30k", "coco"),
+}
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_cache() -> Path:
+    """Return where embeddings are remembered: $UNICL_CACHE, or unicl in the user's cache folder."""
+    if own := os.environ.get("UNICL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unicl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where sets and results lie, and how the work is done."""
+
+    root: Path = Path("data")
+    """Known sets lie in `root/NAME`."""
+    download: bool = False
+    """Fetch known sets that are not there."""
+    split: str = "test"
+    """Part of each set that is asked about."""
+    out: Path | None = None
+    """Folder of the results; unset is `evaluation` in the run's folder, or below runs/."""
+    cache: Path | None = None
+    """Folder of what was embedded before; unset remembers nothing."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "fp32"
+    """Type of the towers' arithmetic: fp32, bf16 or fp16."""
+    batch_size: int = 256
+    """Images or texts per forward pass and rank."""
+    num_workers: int = 2
+    """Processes that read and decode images."""
+    templates: str | None = None
+    """Name of a prompt ensemble; unset takes each set's own."""
+    shots: tuple[int, ...] = (5, 20, 50)
+    """Few-shot: images to learn from per class."""
+    num_episodes: int = 600
+    """Few-shot: how often for each number of shots."""
+    seed: int = 0
+    """Few-shot: decides the episodes."""
+
+
+def evaluate(
+    model: str | Path, task: str, data: Sequence[str], options: Options | None = None
+) -> list[Result]:
+    """Evaluate a model by one of the paper's protocols; several ranks share the work.
+
+    Each result is written as soon as it is there, in CLIP_benchmark's schema.
+
+    Args:
+        model: what `unicl.models.load` takes.
+        task: zero-shot, linear-probe, few-shot or retrieval.
+        data: names of known sets, or folders; `all` is the paper's sets, as far as they are there.
+        options: where and how.
+
+    Example: `evaluate("open_clip:ViT-B-32/openai", "zero-shot", ["cifar10", "photos/"])`.
+
+    Raises:
+        UsageError: there is no such task, set or split, or the sets are of the other kind.
+        UniclError: the model cannot be loaded, or images cannot be read.
+    """
+    options = Options() if options is None else options
+    _check(task, options)
+    device = choose_device(options.device)
+    with joined(device, timeout_seconds=600, alone=True) as ranks:
+        if not ranks.first:
+            logger.setLevel(logging.ERROR)
+        # Opened before the model is loaded: a name that is wrong is told at once.
+        work = ranks.together(lambda: _open_all(task, data, options))
+        loaded = ranks.together(lambda: load(model, device=str(device)))
+        setting = setting_of(options, ranks)
+        out = results_folder(model) if options.out is None else options.out
+        results = []
+        for parts in work:
+            result, keep = _run(task, loaded, parts, setting, options)
+            results.append(result)
+            if ranks.first:
+                path = save_result(out, result)
+                keep(path.with_suffix(""))
+                logger.info("%s: %s %s", result.dataset, result.headline, _percent(result))
+    return results
+
+
+def setting_of(options: Options, ranks: Ranks) -> Setting:
+    """Return how options and ranks want embeddings made."""
+    if options.precision not in _AUTOCAST:
+        known = ", ".join(_AUTOCAST)
+        raise UsageError(f"precision must be one of {known}, got {options.precision!r}")
+    return Setting(
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        autocast=_AUTOCAST[options.precision],
+        ranks=ranks,
+        cache=options.cache,
+    )
+
+
+def results_folder(model: str | Path) -> Path:
+    """Return where a model's results go: into its run, or below runs/ for one that is no folder."""
+    path = Path(model)
+    if not path.is_dir():
+        return Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "_", str(model)) / "evaluation"
+    if path.parent.name == "checkpoints":
+        return path.parent.parent / f"evaluation-{path.name}"
+    return path / "evaluation"
+
+
+def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
+    """Print results beside what the papers report, and write them as a table if asked to."""
+    if csv is not None:
+        with atomic_file(csv) as file:
+            file.write(to_csv(results).encode())
+    table = Table()
+    table.add_column("set")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("images", justify="right")
+    peers = list(dict.fromkeys(p.model for r in results for p in published(r.task, r.dataset)))
+    for name in ("", "95% interval", *peers):
+        table.add_column(name or results[0].model, justify="right")
+    for result in results:
+        beside = {p.model: p for p in published(result.task, result.dataset)}
+        for metric in _shown(result):
+            low, high = _interval(result, metric)
+            table.add_row(
+                result.dataset,
+                metric,
+                f"{result.num_images:,}",
+                f"{result.metrics[metric]:.1%}",
+                "" if low is None else f"{low:.1%} to {high:.1%}",
+                *(_beside(beside.get(peer), result.dataset, metric) for peer in peers),
+            )
+    Console().print(table)
+
+
+def _shown(result: Result) -> list[str]:
+    """Return the metrics of a table's rows: the headline, and what belongs beside it."""
+    if result.task in ("retrieval", "few_shot"):
+        return list(result.metrics)
+    return [result.headline, *(["top5"] if result.headline == "top1" else [])]
+
+
+def _interval(result: Result, metric: str) -> tuple[float | None, float | None]:
+    intervals = result.protocol.get("intervals", {})
+    if metric in intervals:
+        return tuple(intervals[metric])
+    if metric == result.headline and result.interval is not None:
+        return result.interval
+    return None, None
+
+
+def _beside(peer: Published | None, dataset: str, metric: str) -> str:
+    figure = peer.figures[dataset].get(metric) if peer is not None else None
+    return "" if figure is None else f"{figure:.1f}%"
+
+
+def _percent(result: Result) -> str:
+    return f"{result.metrics[result.headline]:.1%}"
+
+
+def _check(task: str, options: Options) -> None:
+    if task not in TASKS:
+        raise UsageError(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
+    if options.templates is not None and options.templates not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UsageError(f"there are no templates {options.templates!r}: choose from {known}")
+    for name in ("batch_size", "num_episodes", *(("shots",) if options.shots == () else ())):
+        if not getattr(options, name) or getattr(options, name) < 1:
+            raise UsageError(f"{name} must be positive, got {getattr(options, name)}")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A set's part that is asked about, and those that a probe is fitted on."""
+
+    test: ClassificationSet | CaptionSet
+    train: ClassificationSet | None = None
+    validation: ClassificationSet | None = None
+
+
+def _open_all(task: str, data: Sequence[str], options: Options) -> list[_Parts]:
+    """Open every set before anything is computed; of the papers' sets those that are there."""
+    if not data:
+        raise UsageError("name at least one set: a known one, a folder, or all")
+    opened = []
+    for name in data:
+        if name != "all":
+            opened.append(_open(task, name, options))
+            continue
+        if task not in _PAPERS_SETS:
+            raise UsageError(f"the sets of {task} have no name here; give folders")
+        there = []
+        for known in _PAPERS_SETS[task]:
+            try:
+                there.append(_open(task, known, options))
+            except UniclError as error:
+                logger.warning("left out: %s", error)
+        if not there:
+            raise UsageError(f"none of the sets of {task} is in {options.root}")
+        opened += there
+    return opened
+
+
+def _open(task: str, name: str, options: Options) -> _Parts:
+    def part(split: str) -> Any:
+        return open_image_set(
+            name,
+            split=split,
+            root=options.root,
+            download=options.download,
+            kind="captions" if task == "retrieval" else "classes",
+        )
+
+    test = part(options.split)
+    if task != "linear-probe":
+        return _Parts(test)
+    if "train" not in test.splits:
+        has = f"only {', '.join(test.splits)}" if test.splits else "no parts"
+        raise UsageError(f"a linear probe is fitted on a train split; {name} has {has}")
+    validation = part("val") if "val" in test.splits and options.split != "val" else None
+    return _Parts(test, part("train"), validation)
+
+
+def _run(
+    task: str, model: Pretrained, parts: _Parts, setting: Setting, options: Options
+) -> tuple[Result, Callable[[Path], None]]:
+    """Measure, and return what else there is to be written beside the result."""
+    test = parts.test
+    if isinstance(test, CaptionSet):
+        return protocols.retrieval(model, test, setting), _nothing
+    if task == "few-shot":
+        result = protocols.few_shot(
+            model,
+            test,
+            setting,
+            shots=options.shots,
+            num_episodes=options.num_episodes,
+            seed=options.seed,
+        )
+        return result, _nothing
+    if task == "zero-shot":
+        templates = None if options.templates is None else TEMPLATES[options.templates]
+        result, answers = protocols.zero_shot(model, test, setting, templates=templates)
+        return result, partial(save_answers, answers, test) if answers else _nothing
+    assert parts.train is not None
+    result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
+    return result, partial(_save_probe, found.probe)
+
+
+def _nothing(stem: Path) -> None:
+    pass
+
+
+def _save_probe(probe: LinearProbe, stem: Path) -> None:
+    probe.save(stem.with_name(f"{stem.name}.safetensors"))

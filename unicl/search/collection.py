@@ -1,0 +1,124 @@
+"""A folder of embeddings and what their rows are: `unicl embed` writes it, `unicl index` reads it.
+
+`embeddings.npy` opens with `numpy.load(..., mmap_mode="r")`, `items.jsonl` has a line per row, and
+`collection.json`, written last, says which model made them.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from unicl.data.atomic import PARTIAL_PREFIX, atomic_file, write_error
+from unicl.errors import UniclError, UsageError
+from unicl.search.items import Item
+from unicl.search.state import Block
+
+_EMBEDDINGS = "embeddings.npy"
+_ITEMS = "items.jsonl"
+_DESCRIPTION = "collection.json"
+_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Embeddings on disk."""
+
+    folder: Path
+    """Where they lie."""
+    model: str
+    """Name of the model that made them."""
+    fingerprint: str
+    """Its fingerprint."""
+    num_items: int
+    """Rows."""
+    dim: int
+    """Width."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "Collection":
+        """Open what `write` has completed.
+
+        Raises:
+            UsageError: the folder holds no embeddings.
+        """
+        try:
+            fields = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+            return cls(folder=folder, **fields)
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"{folder} holds no embeddings; `unicl embed MODEL DATA --out {folder}` writes them"
+            ) from error
+
+    @classmethod
+    def write(
+        cls, folder: Path, blocks: Iterable[Block], *, model: str, fingerprint: str
+    ) -> "Collection":
+        """Write blocks of embeddings [n, dim] with their items.
+
+        Raises:
+            UsageError: the folder is not empty, or there is no block.
+            UniclError: it cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+                path.unlink()
+            if any(folder.iterdir()):
+                raise UsageError(f"{folder} is not empty; choose another --out")
+        except OSError as error:
+            raise write_error(folder, error) from error
+        num_items, dim = 0, 0
+        with atomic_file(folder / _EMBEDDINGS) as vectors, atomic_file(folder / _ITEMS) as lines:
+            for embeddings, items in blocks:
+                if not num_items:
+                    dim = embeddings.shape[1]
+                    _write_header(vectors, 0, dim)
+                vectors.write(np.ascontiguousarray(embeddings, np.float32).data)
+                # ASCII: a file name may hold bytes that are no UTF-8.
+                lines.writelines(json.dumps(asdict(item)).encode() + b"\n" for item in items)
+                num_items += len(items)
+            if not num_items:
+                raise UsageError("there is nothing to embed")
+            vectors.seek(0)
+            _write_header(vectors, num_items, dim)
+        fields = {"model": model, "fingerprint": fingerprint, "num_items": num_items, "dim": dim}
+        with atomic_file(folder / _DESCRIPTION) as file:
+            file.write(json.dumps(fields, indent=1).encode())
+        return cls(folder=folder, **fields)  # type: ignore[arg-type]
+
+    def embeddings(self) -> Float32[np.ndarray, "num_items dim"]:
+        """Map the embeddings into memory.
+
+        Raises:
+            UniclError: they are damaged.
+        """
+        path = self.folder / _EMBEDDINGS
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UniclError(f"{path} is damaged ({error}); embed the images again") from error
+        if found.shape != (self.num_items, self.dim):
+            raise UniclError(
+                f"{path} has shape {list(found.shape)}, {_DESCRIPTION} says "
+                f"{[self.num_items, self.dim]}; embed the images again"
+            )
+        return found
+
+    def blocks(self) -> Iterator[Block]:
+        """Go through embeddings and items together."""
+        embeddings = self.embeddings()
+        with open(self.folder / _ITEMS, encoding="utf-8") as lines:
+            for start in range(0, self.num_items, _ROWS):
+                rows = embeddings[start : start + _ROWS]
+                items = [Item(**json.loads(line)) for line, _ in zip(lines, rows, strict=False)]
+                yield rows, items
+
+
+def _write_header(file, num_rows: int, dim: int) -> None:  # type: ignore[no-untyped-def]
+    # NumPy pads the header so that the number of rows can grow in place.
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}
+    np.lib.format.write_array_header_1_0(file, fields)
