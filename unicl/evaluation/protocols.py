@@ -1,7 +1,7 @@
 """The papers' protocols: a model and a set of images in, figures out (Florence 3.1 to 3.5)."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -246,18 +246,25 @@ def few_shot(
 def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result:
     """Find texts by images and images by texts (Florence 3.5).
 
-    Every caption is asked for by itself, also where several images share its words.
+    Each caption asks by itself. Equal captions are one text, which is right for all their images:
+    no model could tell them apart.
     """
     start = time.perf_counter()
     embedded = image_embeddings(model, images, setting)
     rows = embedded.rows.tolist()
     texts = [text for row in rows for text in images.captions[row]]
     owners = [place for place, row in enumerate(rows) for _ in images.captions[row]]
-    pairs = torch.stack([torch.tensor(owners), torch.arange(len(texts))], dim=1)
-    found = texts_embeddings(model, texts, setting)
+    number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    unique = texts_embeddings(model, list(number), setting)
+    numbers = [number[text] for text in texts]
+    pairs = set(zip(owners, numbers, strict=True))
+    images_of = defaultdict(list)
+    for owner, text in sorted(pairs):
+        images_of[text].append(owner)
+    asked = [(turn, owner) for turn, text in enumerate(numbers) for owner in images_of[text]]
     sides = {
-        "i2t": recall(embedded.embeddings, found, pairs, _KS),
-        "t2i": recall(found, embedded.embeddings, pairs.flip(1), _KS),
+        "i2t": recall(embedded.embeddings, unique, torch.tensor(sorted(pairs)), _KS),
+        "t2i": recall(unique[numbers], embedded.embeddings, torch.tensor(asked), _KS),
     }
     metrics = {
         f"{side}_r{k}": value for side, recalls in sides.items() for k, value in recalls.items()

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import Tensor
 
-from tests.unicl.evaluation.toys import tokenize, toy
+from tests.unicl.evaluation.toys import ToyModel, tokenize, toy
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.images import PixelArray
 from unicl.errors import UsageError
@@ -197,6 +197,26 @@ def test_retrieval_is_clip_benchmarks(
     )
     assert result.to_json()["metrics"] == pytest.approx(theirs, abs=1e-6)
     assert result.protocol["num_texts"] == sum(map(len, captioned.captions))
+
+
+def test_equal_captions_are_right_for_all_their_images(setting: Setting) -> None:
+    class Blind(ToyModel):
+        """Embeds every image of one text where the text is."""
+
+        def encode_image(self, images: Tensor) -> Tensor:
+            return self.encode_text(tokenize(["ab", "cd"]))[(images[:, 0, 0, 0] > 127).long()]
+
+    pixels = np.repeat(np.array([[0], [255]] * 20, np.uint8), 48, axis=1).reshape(40, 4, 4, 3)
+    images = CaptionSet(
+        name="two",
+        split="",
+        splits=(),
+        images=PixelArray(pixels, "two"),
+        captions=(("ab",), ("cd",)) * 20,
+    )
+    result = retrieval(toy(Blind()), images, setting)
+    assert result.metrics["i2t_r1"] == result.metrics["t2i_r1"] == 1
+    assert result.protocol["num_texts"] == 40
 
 
 def test_results_come_back_from_disk(

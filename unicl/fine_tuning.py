@@ -1,0 +1,176 @@
+"""Fine-tuning by the pretraining's own loss, on classes or captions (Florence 3.3 and 3.5).
+
+Classes are texts like any other: their names, in prompt templates, go through the text tower, and
+images of one class are positives of each other. Nothing is added to the model.
+"""
+
+import logging
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from unicl.build import train
+from unicl.config import Recipe, load_recipe, parse_recipe, recipe_to_toml
+from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
+from unicl.data.prepare import is_finished, prepare, progress_bar
+from unicl.data.shards import SampleError, ShardSet
+from unicl.data.sources import Entry, SkippedEntry, image_type
+from unicl.distributed import joined
+from unicl.errors import UsageError
+from unicl.evaluation import protocols
+from unicl.evaluation.results import Result, save_result
+from unicl.evaluator import Options, setting_of
+from unicl.models import choose_device, load, recipe_of
+
+logger = logging.getLogger("unicl")
+
+_EPOCHS = {"finetune_classes": 10, "finetune_captions": 12}
+_SHORTEST = 20
+"""Steps that a fine-tuning takes at least, however small the set."""
+
+
+def fine_tune(
+    model: str | Path,
+    data: str,
+    options: Options,
+    overrides: Mapping[str, str] | None = None,
+) -> Result:
+    """Train a model on a set's `train` part, then evaluate it on `options.split`.
+
+    `options.out` gets the training data as shards, the run, and in it the result. A fine-tuning
+    that was interrupted goes on where it stopped.
+
+    Args:
+        model: a run or an exported folder of ours, or `open_clip:NAME[/WEIGHTS]`.
+        data: a set with a part `train`; with classes or with captions.
+        options: where and how; `out` is needed.
+        overrides: keys of the recipe, such as {"trainer.steps": "100"}.
+
+    Raises:
+        UsageError: there is no such model, set or part, or `out` is missing or holds other data.
+    """
+    if options.out is None:
+        raise UsageError("where shall the fine-tuned run go? name a folder with --out")
+    test = _open(data, options.split, options)
+    training = _open(data, "train", options)
+    recipe = fine_tuning_recipe(model, training, options.out, overrides or {})
+    device = choose_device(recipe.trainer.device)
+    with joined(
+        device,
+        timeout_seconds=recipe.engine.timeout_seconds,
+        alone=recipe.engine.backend != "deepspeed",
+    ) as ranks:
+        ranks.together(lambda: _prepare(training, options.out) if ranks.first else None)
+        run = train(recipe, options.out / "run")
+        tuned = ranks.together(lambda: load(run.path, device=str(device)))
+        setting = setting_of(options, ranks)
+        if isinstance(test, CaptionSet):
+            result = protocols.retrieval(tuned, test, setting)
+            result = replace(result, task="retrieval_fine_tuned")
+        else:
+            result, _ = protocols.zero_shot(tuned, test, setting)
+            result = replace(result, task="fine_tune")
+        from_ = {"from": str(model), "steps": recipe.trainer.steps}
+        result = replace(result, protocol={**result.protocol, **from_})
+        if ranks.first:
+            save_result(run.path / "evaluation", result)
+    return result
+
+
+def fine_tuning_recipe(
+    model: str | Path,
+    training: ClassificationSet | CaptionSet,
+    out: Path,
+    overrides: Mapping[str, str],
+) -> Recipe:
+    """Return the paper's recipe with the model's towers, and as many steps as its epochs take.
+
+    Where a set is smaller than the paper's batch, the batch is the set.
+    """
+    captions = isinstance(training, CaptionSet)
+    name = "finetune_captions" if captions else "finetune_classes"
+    base, towers = load_recipe(name), recipe_of(model)
+    num_samples = sum(map(len, training.captions)) if captions else training.num_samples
+    whole = replace(
+        base,
+        embed_dim=towers.embed_dim,
+        model=towers.model,
+        weights=None if towers.model else str(model),
+        image_tower=replace(towers.image_tower, weights=None, locked=False),
+        text_tower=replace(towers.text_tower, locked=False),
+        data=replace(base.data, train=str(out / "data")),
+        trainer=replace(base.trainer, batch_size=max(2, min(base.trainer.batch_size, num_samples))),
+    )
+    text = recipe_to_toml(whole)
+    given = parse_recipe(text, overrides, source=name)
+    steps = max(_SHORTEST, -(-_EPOCHS[name] * num_samples // given.trainer.batch_size))
+    steps = given.trainer.steps if "trainer.steps" in overrides else steps
+    found = {
+        "trainer.steps": str(steps),
+        "schedule.warmup_steps": str(min(base.schedule.warmup_steps, steps // 10)),
+    }
+    return parse_recipe(text, {**found, **overrides}, source=name)
+
+
+def _open(data: str, split: str, options: Options) -> ClassificationSet | CaptionSet:
+    opened = open_image_set(data, split=split, root=options.root, download=options.download)
+    if isinstance(opened, ClassificationSet) and opened.targets.ndim == 2:
+        raise UsageError(f"fine-tuning needs one class per image; {opened} has several")
+    return opened
+
+
+def _prepare(training: ClassificationSet | CaptionSet, out: Path) -> None:
+    """Write a part of a set into shards, unless they are there."""
+    folder = out / "data"
+    if is_finished(folder):
+        if ShardSet.open(folder).info.get("fingerprint") != training.fingerprint:
+            raise UsageError(f"{folder} holds other images than {training}; choose another --out")
+        return
+    with progress_bar("preparing") as progress:
+        prepared = prepare(SetSource(training), folder, progress=progress)
+    logger.info("%s", prepared)
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """A set of images as a source of shards: each image with its class's name or its captions."""
+
+    images: ClassificationSet | CaptionSet
+
+    splits = ("",)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.images)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `dataset.json` shall say."""
+        return {"source": str(self.images), "fingerprint": self.images.fingerprint}
+
+    def num_entries(self, split: str) -> int:
+        """Return the number of images."""
+        return self.images.num_samples
+
+    def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
+        """Go through the images; an image comes once per caption."""
+        for row in range(self.images.num_samples):
+            where, number = self.images.locate(row)
+            try:
+                image = self.images.read(row).image
+            except SampleError as error:
+                yield SkippedEntry(error.reason, f"{where}, {number}")
+                continue
+            extension = image_type(image)
+            if extension is None:
+                yield SkippedEntry("not an image", f"{where}, {number}")
+                continue
+            for turn, text in enumerate(self._texts(row)):
+                yield Entry(f"{row:08d}-{turn}", image, extension, text)
+
+    def _texts(self, row: int) -> tuple[str, ...]:
+        if isinstance(self.images, CaptionSet):
+            return self.images.captions[row]
+        return (self.images.class_names[int(self.images.targets[row])],)
