@@ -67,6 +67,8 @@ def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
             context_length=text.context_length,
             embed_dim=recipe.embed_dim,
             causal=text.causal,
+            activation=text.activation,
+            norm_eps=text.norm_eps,
             checkpointing=text.checkpointing,
         ),
         initial_scale=recipe.loss.initial_scale,

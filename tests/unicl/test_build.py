@@ -314,3 +314,12 @@ def test_equal_seeds_build_equal_models(corpus):
     assert not torch.equal(
         weights(1)["text.projection.weight"], weights(2)["text.projection.weight"]
     )
+
+
+def test_the_text_towers_settings_reach_it(corpus):
+    recipe = recipe_for(corpus, text_tower__activation="quick_gelu", text_tower__norm_eps="0.5")
+    text = build_model(recipe).text
+    assert text.activation == "quick_gelu"
+    assert {module.eps for module in text.modules() if isinstance(module, torch.nn.LayerNorm)} == {
+        0.5
+    }

@@ -91,13 +91,19 @@ class TextTowerConfig:
     """Longest text in tokens, with start and end; longer texts are cut."""
     causal: bool = True
     """Each token sees only those before it (CLIP); false lets all tokens see each other (BERT)."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the MLPs; OpenAI's CLIP and UniCL's released models have quick_gelu."""
+    norm_eps: float = 1e-5
+    """Added to the variance in every norm; UniCL's released models have 1e-12."""
     checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     locked: bool = False
     """Keep the weights to start from: no gradient and no optimizer state."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "text_tower", "width", "num_layers", "num_heads", "mlp_width")
+        _require_positive(
+            self, "text_tower", "width", "num_layers", "num_heads", "mlp_width", "norm_eps"
+        )
         _require(
             self.width % self.num_heads == 0,
             f"text_tower.num_heads must divide the width {self.width}, got {self.num_heads}",

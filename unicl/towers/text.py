@@ -6,8 +6,8 @@ row of equal texts.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 VOCABULARY_SIZE = 49408
 """CLIP's byte-pair vocabulary; its last and largest token ends a text."""
+
+Activation = Literal["gelu", "quick_gelu"]
 
 
 class TextTower(nn.Module):
@@ -38,8 +40,13 @@ class TextTower(nn.Module):
         embed_dim: Width of the features that come out.
         causal: Each token sees only those before it (CLIP); false lets all tokens of a text see
             each other (BERT), and none the padding.
+        activation: Of the MLPs: "gelu", or "quick_gelu", CLIP's first approximation of it.
+        norm_eps: Added to the variance in every norm.
         checkpointing: Recompute the blocks' activations in the backward pass.
         vocabulary_size: Number of tokens.
+
+    Raises:
+        UsageError: The heads do not divide the width.
     """
 
     def __init__(
@@ -52,12 +59,15 @@ class TextTower(nn.Module):
         context_length: int = 77,
         embed_dim: int = 512,
         causal: bool = True,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-5,
         checkpointing: bool = False,
         vocabulary_size: int = VOCABULARY_SIZE,
     ) -> None:
         super().__init__()
         if width % num_heads:
             raise UsageError(f"num_heads must divide the width {width}, got {num_heads}")
+        self.activation = activation
         self.context_length = context_length
         self.embed_dim = embed_dim
         self.causal = causal
@@ -65,9 +75,17 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList(
-            _Block(width, num_heads, mlp_width or 4 * width, num_layers) for _ in range(num_layers)
+            _Block(
+                width,
+                num_heads,
+                mlp_width or 4 * width,
+                num_layers,
+                activation=_ACTIVATIONS[activation],
+                norm_eps=norm_eps,
+            )
+            for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.projection = nn.Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -119,13 +137,23 @@ class TextTower(nn.Module):
 class _Block(nn.Module):
     """Attention and MLP, each on the norm of its input and added to it."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, num_layers: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        num_layers: int,
+        *,
+        activation: Callable[[Tensor], Tensor],
+        norm_eps: float,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
+        self.activation = activation
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
         # CLIP's initial weights: what the branches add shrinks with the depth.
@@ -143,12 +171,19 @@ class _Block(nn.Module):
         mask: Bool[Tensor, "texts 1 1 length"] | None,
     ) -> Float[Tensor, "texts length width"]:
         x = x + self._attention(self.norm1(x), mask)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attend = _attend_on_cpu if x.device.type == "cpu" else _attend
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu}
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -202,16 +237,22 @@ def _tokenizer() -> "SimpleTokenizer":
 
 
 def from_open_clip(
-    weights: Mapping[str, Tensor], *, num_heads: int | None = None, causal: bool = True
+    weights: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    causal: bool = True,
+    activation: Activation = "gelu",
+    norm_eps: float = 1e-5,
 ) -> TextTower:
     """Build the text tower that a state dict of open_clip holds.
 
     Args:
         weights: State dict of open_clip's `TextTransformer`, `CLIP` or `CustomTextCLIP`; what is
-            not text is left aside. Models with QuickGELU (OpenAI's own) need another activation
-            than this tower has.
+            not text is left aside.
         num_heads: Attention heads; unset means 64 channels each, as in all of CLIP's towers.
         causal: Whether the tower was trained with a causal mask.
+        activation: What it was trained with; OpenAI's own models with "quick_gelu".
+        norm_eps: What it was trained with.
 
     Raises:
         UsageError: A weight of a text tower is missing.
@@ -230,6 +271,8 @@ def from_open_clip(
             context_length=context_length,
             embed_dim=len(own["projection.weight"]),
             causal=causal,
+            activation=activation,
+            norm_eps=norm_eps,
             vocabulary_size=len(own["token_embedding.weight"]),
         )
         tower.load_state_dict({name: own[name] for name in tower.state_dict()})

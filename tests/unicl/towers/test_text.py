@@ -1,7 +1,9 @@
+import functools
+
 import open_clip
 import pytest
 import torch
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 
 from unicl.errors import UsageError
 from unicl.towers.text import (
@@ -64,6 +66,25 @@ def test_takes_the_text_tower_out_of_a_whole_open_clip_model(make):
     tokens = tokenize(CAPTIONS)
     ours = from_open_clip(model.state_dict())
     torch.testing.assert_close(ours(tokens), model.encode_text(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "norm_eps"), [("gelu", 1e-5), ("quick_gelu", 1e-5), ("quick_gelu", 0.1)]
+)
+def test_other_activations_and_norms_are_open_clips(activation, norm_eps):
+    theirs = open_clip_tower(
+        act_layer={"gelu": torch.nn.GELU, "quick_gelu": QuickGELU}[activation],
+        norm_layer=functools.partial(LayerNorm, eps=norm_eps),
+    )
+    tokens = tokenize(CAPTIONS)
+    ours = from_open_clip(theirs.state_dict(), activation=activation, norm_eps=norm_eps)
+    torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+    other = from_open_clip(
+        theirs.state_dict(),
+        activation={"gelu": "quick_gelu", "quick_gelu": "gelu"}[activation],
+        norm_eps=norm_eps,
+    )
+    assert (other(tokens) - theirs(tokens)).abs().max() > 1e-3
 
 
 def test_weights_of_something_else_are_refused():
