@@ -94,7 +94,8 @@ class TwoTower(nn.Module):
         """
         if not economies:
             return _unit_length(self.text(tokens))
-        tokens = trim(tokens)
+        if getattr(self.text, "trims", True):  # open_clip's towers may need the padding
+            tokens = trim(tokens)
         if deduplicated:
             return _unit_length(self.text(tokens))
         unique, inverse = deduplicate(tokens)
