@@ -15,6 +15,15 @@ from cosswin.resize import carry_weights
 
 _HEADS = (3, 6, 12, 24)
 
+_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": _HEADS}
+_SMALL = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": _HEADS}
+_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+_LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+_XLARGE = {"embed_dim": 256, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64)}
+_HUGE = {"embed_dim": 256, "depths": (2, 2, 24, 6), "num_heads": (8, 16, 32, 64)}
+# The window that divides every map of 384-pixel images.
+_HIRES = {"img_size": 384, "window_size": 12}
+
 
 def _cfg(**overrides: Any) -> dict[str, Any]:
     return {
@@ -34,6 +43,8 @@ def _cfg(**overrides: Any) -> dict[str, Any]:
     }
 
 
+_HIRES_CFG = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+
 default_cfgs = generate_default_cfgs(
     {
         "coswin_nano.untrained": _cfg(input_size=(3, 48, 48), pool_size=(2, 2), crop_pct=1.0),
@@ -43,6 +54,12 @@ default_cfgs = generate_default_cfgs(
         "coswin_large.untrained": _cfg(),
         "coswin_xlarge.untrained": _cfg(),
         "coswin_huge.untrained": _cfg(),
+        "coswin_tiny_window12_384.untrained": _cfg(**_HIRES_CFG),
+        "coswin_small_window12_384.untrained": _cfg(**_HIRES_CFG),
+        "coswin_base_window12_384.untrained": _cfg(**_HIRES_CFG),
+        "coswin_large_window12_384.untrained": _cfg(**_HIRES_CFG),
+        "coswin_xlarge_window12_384.untrained": _cfg(**_HIRES_CFG),
+        "coswin_huge_window12_384.untrained": _cfg(**_HIRES_CFG),
     }
 )
 
@@ -73,40 +90,76 @@ def coswin_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def coswin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-T: 29.5M parameters."""
-    args = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": _HEADS}
-    return _create("coswin_tiny", pretrained, **{**args, **kwargs})
+    return _create("coswin_tiny", pretrained, **{**_TINY, **kwargs})
 
 
 @register_model
 def coswin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-S: 50.8M parameters."""
-    args = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": _HEADS}
-    return _create("coswin_small", pretrained, **{**args, **kwargs})
+    return _create("coswin_small", pretrained, **{**_SMALL, **kwargs})
 
 
 @register_model
 def coswin_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-B: 90.2M parameters."""
-    args = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-    return _create("coswin_base", pretrained, **{**args, **kwargs})
+    return _create("coswin_base", pretrained, **{**_BASE, **kwargs})
 
 
 @register_model
 def coswin_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-L: 202.8M parameters."""
-    args = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
-    return _create("coswin_large", pretrained, **{**args, **kwargs})
+    return _create("coswin_large", pretrained, **{**_LARGE, **kwargs})
 
 
 @register_model
 def coswin_xlarge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-XL: 360.3M parameters."""
-    args = {"embed_dim": 256, "depths": (2, 2, 18, 2), "num_heads": (8, 16, 32, 64)}
-    return _create("coswin_xlarge", pretrained, **{**args, **kwargs})
+    return _create("coswin_xlarge", pretrained, **{**_XLARGE, **kwargs})
 
 
 @register_model
 def coswin_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin-H: 637.4M parameters, the image tower of Florence."""
-    args = {"embed_dim": 256, "depths": (2, 2, 24, 6), "num_heads": (8, 16, 32, 64)}
-    return _create("coswin_huge", pretrained, **{**args, **kwargs})
+    return _create("coswin_huge", pretrained, **{**_HUGE, **kwargs})
+
+
+@register_model
+def coswin_tiny_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-T for 384-pixel images."""
+    settings = {**_TINY, **_HIRES, **kwargs}
+    return _create("coswin_tiny_window12_384", pretrained, **settings)
+
+
+@register_model
+def coswin_small_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-S for 384-pixel images."""
+    settings = {**_SMALL, **_HIRES, **kwargs}
+    return _create("coswin_small_window12_384", pretrained, **settings)
+
+
+@register_model
+def coswin_base_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-B for 384-pixel images."""
+    settings = {**_BASE, **_HIRES, **kwargs}
+    return _create("coswin_base_window12_384", pretrained, **settings)
+
+
+@register_model
+def coswin_large_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-L for 384-pixel images."""
+    settings = {**_LARGE, **_HIRES, **kwargs}
+    return _create("coswin_large_window12_384", pretrained, **settings)
+
+
+@register_model
+def coswin_xlarge_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-XL for 384-pixel images."""
+    settings = {**_XLARGE, **_HIRES, **kwargs}
+    return _create("coswin_xlarge_window12_384", pretrained, **settings)
+
+
+@register_model
+def coswin_huge_window12_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """CoSwin-H for 384-pixel images."""
+    settings = {**_HUGE, **_HIRES, **kwargs}
+    return _create("coswin_huge_window12_384", pretrained, **settings)

@@ -128,7 +128,7 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(grad, back, there, back_holes, there_holes), None, None, None, None
 
 
-def _batched(index: Tensor, n: int, stride: int) -> Tensor:
+def _batched(index: Tensor, n: int | torch.SymInt, stride: int) -> Tensor:
     """Repeat an index over one map for `n` maps that lie `stride` rows apart."""
     starts = torch.arange(0, n * stride, stride, device=index.device)
     return (starts[:, None] + index).flatten()

@@ -26,6 +26,16 @@ def test_parameter_counts(name):
     assert tuple(counts) == SIZES[name]
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_the_window_for_384_pixels_has_a_name(name):
+    with torch.device("meta"):
+        model = timm.create_model(f"{name}_window12_384", num_classes=0)
+        narrow = timm.create_model(f"{name}_window12_384", num_classes=0, window_size=7)
+    assert (_count(narrow), _count(model)) == SIZES[name]
+    assert model.img_size == 384
+    assert model.default_cfg["input_size"] == (3, 384, 384)
+
+
 def test_layer_scale_adds_one_vector_a_block():
     with torch.device("meta"):
         model = timm.create_model("coswin_huge", num_classes=0, layer_scale=1e-4)
@@ -39,7 +49,8 @@ def test_nano_is_small_and_runs_at_48_pixels():
 
 
 def test_all_are_registered():
-    assert timm.list_models("coswin_*") == sorted([*SIZES, "coswin_nano"])
+    hires = [f"{name}_window12_384" for name in SIZES]
+    assert set(timm.list_models("coswin_*")) == {*SIZES, *hires, "coswin_nano"}
     assert not timm.list_models("coswin_*", pretrained=True)
 
 
