@@ -37,6 +37,8 @@ CONFIG = "open_clip_config.json"
 _LOCAL = "local-dir:"
 _HUB = "hf-hub:"
 _CLIP_MAX_SCALE = 100.0
+# What open_clip says when it cannot download.
+_DOWNLOAD_FAILED = ("Failed to download", "Failed initial", "Required pretrained weights")
 # What published weights say of their preprocessing; the size is the architecture's.
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -201,7 +203,7 @@ class OpenClipTokenizer:
         import open_clip
 
         try:
-            with _quiet():
+            with quiet():
                 return open_clip.get_tokenizer(self.name)
         except Exception as error:  # transformers and its downloads raise all sorts
             raise UniclError(
@@ -214,7 +216,8 @@ def load_open_clip(name: str, *, weights: bool = True) -> Pretrained:
     """Load a model of open_clip.
 
     The published weights' own activation is taken: `ViT-B-32/openai` has QuickGELU, as
-    `ViT-B-32-quickgelu/openai` does, where open_clip warns and takes the architecture's.
+    `ViT-B-32-quickgelu/openai` does, where open_clip warns and takes the architecture's. A file is
+    taken with the architecture's.
 
     Args:
         name: `ARCHITECTURE`, which is random; `ARCHITECTURE/TAG` for published weights;
@@ -226,11 +229,11 @@ def load_open_clip(name: str, *, weights: bool = True) -> Pretrained:
         UsageError: There is no such architecture, tag or file, or the weights do not fit.
         UniclError: The weights are damaged, or cannot be downloaded.
     """
-    architecture, source = _parse(name)
+    architecture, source = _parse(name, weights=weights)
     full_name = f"open_clip:{name}"
     if weights and source is None and not _has_scheme(architecture):
         logger.warning("%s has random weights; %s/TAG has trained ones", full_name, full_name)
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with tempfile.TemporaryDirectory() as scratch, quiet():
         config = _config(architecture, full_name)
         model, config = _create(
             architecture, source, config, weights=weights, full_name=full_name, scratch=scratch
@@ -238,8 +241,10 @@ def load_open_clip(name: str, *, weights: bool = True) -> Pretrained:
     return _pretrained(model.eval(), config, architecture=architecture, full_name=full_name)
 
 
-def _parse(name: str) -> tuple[str, str | None]:
+def _parse(name: str, *, weights: bool) -> tuple[str, str | None]:
     """Split a name into architecture, or scheme and place, and the tag or file of its weights.
+
+    A file whose weights are not needed may be gone.
 
     Raises:
         UsageError: There is no such architecture, tag, file or folder.
@@ -266,9 +271,10 @@ def _parse(name: str) -> tuple[str, str | None]:
     tag = source.lower().replace("-", "_")  # as open_clip spells them
     if tag in tags:
         return architecture, tag
-    if Path(source).is_file():
+    is_path = "/" in source or bool(Path(source).suffix)
+    if Path(source).is_file() or (is_path and not weights):
         return architecture, source
-    if "/" in source or Path(source).suffix:
+    if is_path:
         raise UsageError(f"open_clip:{name}: there is no file {source}; give one, or a tag")
     nearest = _nearest(tag, tags, f"it has {', '.join(tags) or 'none'}")
     raise UsageError(f"open_clip has no weights {source!r} of {architecture}; {nearest}")
@@ -373,7 +379,7 @@ def _creation_error(error: Exception, *, full_name: str, address: str, cache: st
         )
     if isinstance(error, SafetensorError | EOFError):
         return UniclError(f"{full_name}: the weights are damaged: {reason}; fetch them again")
-    if address:
+    if address and any(sign in reason for sign in _DOWNLOAD_FAILED):
         return _no_download(full_name, address, cache, error)
     return UsageError(f"open_clip cannot build {full_name}: {reason}")
 
@@ -516,7 +522,7 @@ def _hub_cache() -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep open_clip's talk out of the log: it logs each step, to the root logger.
 
     The handler also keeps it from installing one of its own, for good.

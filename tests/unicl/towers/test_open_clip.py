@@ -221,6 +221,12 @@ def test_what_is_not_there_is_said(name, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_that_goes_on_needs_no_file():
+    assert load_open_clip("tiny//gone/weights.pt", weights=False).image_size == 32
+    with pytest.raises(UsageError, match=r"no file /gone/weights.pt"):
+        load_open_clip("tiny//gone/weights.pt")
+
+
 class Evil:
     def __reduce__(self):
         return print, ("executed",)
