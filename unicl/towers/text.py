@@ -130,7 +130,8 @@ class TextTower(nn.Module):
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask)
-        pooled = x[torch.arange(len(x), device=x.device), ends]
+        # Not len(x): that is a plain number, and an exported graph would know one batch size only.
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
         return self.projection(self.norm(pooled))
 
 
@@ -283,6 +284,14 @@ def from_open_clip(
     return tower
 
 
+def to_open_clip(tower: TextTower) -> dict[str, Tensor]:
+    """Return a tower's weights under the names and in the shapes of open_clip's text tower."""
+    weights = tower.state_dict()
+    projection = weights.pop("projection.weight")
+    named = {_their_name(name): weight for name, weight in weights.items()}
+    return {**named, "text_projection": projection.T}
+
+
 _OWN_NAMES = {
     "transformer.resblocks.": "blocks.",
     "ln_1.": "norm1.",
@@ -298,4 +307,10 @@ _OWN_NAMES = {
 def _own_name(name: str) -> str:
     for theirs, own in _OWN_NAMES.items():
         name = name.replace(theirs, own)
+    return name
+
+
+def _their_name(name: str) -> str:
+    for theirs, own in _OWN_NAMES.items():
+        name = name.replace(own, theirs)
     return name

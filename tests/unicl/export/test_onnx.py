@@ -1,0 +1,64 @@
+"""Exported graphs, run by onnxruntime."""
+
+import sys
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tests.unicl.export.towers import TEXTS, random_pixels, small_model
+from unicl.errors import UniclError, UsageError
+from unicl.export import onnx as export
+from unicl.export.card import Card
+from unicl.export.onnx import export_onnx
+from unicl.towers.text import tokenize
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "text"),
+    [("coswin_nano", 50, {"activation": "quick_gelu"}), ("test_resnet", 32, {"causal": False})],
+)
+def test_onnxruntime_gives_equal_embeddings(image, size, text, tmp_path, caplog, capfd):
+    model = small_model(image, image_size=size, text=text)
+    card = Card(name="Mine", metrics={"zero_shot/top1": 0.5})
+    folder = export_onnx(model, tmp_path / "mine", image_size=size, context_length=20, card=card)
+    assert model.training
+    assert {path.name for path in folder.iterdir()} == {"image.onnx", "text.onnx", "README.md"}
+    assert not capfd.readouterr().out
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    model.eval()
+    inputs = {"image": ("pixels", random_pixels(size, 5)), "text": ("tokens", tokenize(TEXTS, 20))}
+    for tower, (name, batch) in inputs.items():
+        onnx.checker.check_model(folder / f"{tower}.onnx", full_check=True)
+        session = onnxruntime.InferenceSession(folder / f"{tower}.onnx")
+        encode = {"image": model.encode_image, "text": model.encode_text}[tower]
+        for rows in (batch, batch[:1], batch[:2]):
+            (theirs,) = session.run(["embeddings"], {name: rows.numpy()})
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.from_numpy(theirs), encode(rows), rtol=0, atol=1e-5
+                )
+    model.image.projection.weight.data.neg_()
+    with pytest.raises(UniclError, match=r"the image tower differ by .*; nothing was exported"):
+        export._compare(  # what looks before an export is called done
+            export._Tower(model, "image"), inputs["image"][1], folder / "image.onnx", name="pixels"
+        )
+    text = (folder / "README.md").read_text()
+    assert f"logits = {model.scale().item():.6g} * images @ texts.T" in text
+    assert "| zero_shot/top1 | 0.5 |" in text
+
+
+def test_a_tower_that_cannot_be_exported_is_one_line(tmp_path):
+    model = small_model("test_resnet")
+    model.image.forward = lambda images: torch.rand(int(images.sum()), 24)
+    with pytest.raises(UniclError, match="torch cannot export the image tower: ") as error:
+        export_onnx(model, tmp_path / "mine", image_size=32, context_length=20)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UsageError, match=r"needs onnxscript: pip install 'unicl\[export\]'"):
+        export_onnx(small_model(), tmp_path / "mine", image_size=48, context_length=20)

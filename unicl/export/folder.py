@@ -1,0 +1,37 @@
+"""Folders that appear under their final name complete or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from unicl.data.atomic import PARTIAL_PREFIX, write_error
+from unicl.errors import UniclError, UsageError
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Open a folder beside `folder` to write into; rename it once the block has succeeded.
+
+    Raises:
+        UsageError: There is something in `folder` already.
+        UniclError: The disk is full, the place is read-only, ...; nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already; remove it, or choose another folder")
+    partial = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise write_error(folder, error) from error
+        if isinstance(error, SafetensorError):
+            raise UniclError(f"cannot write {folder}: {error}; choose another folder") from error
+        raise

@@ -1,0 +1,166 @@
+"""ONNX: one graph a tower, bytes or tokens in, unit-length embeddings out."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from unicl.errors import UniclError, UsageError
+from unicl.export.card import Card, render
+from unicl.export.folder import new_folder
+from unicl.towers.text import TextTower, tokenize
+from unicl.towers.two_tower import TwoTower
+
+_TOLERANCE = 1e-4
+_TEXTS = ("a photo of a cat", "two dogs", "!")
+
+_USAGE = """
+import numpy as np
+import onnxruntime
+from open_clip import SimpleTokenizer
+from PIL import Image
+
+image_tower = onnxruntime.InferenceSession("image.onnx")
+text_tower = onnxruntime.InferenceSession("text.onnx")
+image = Image.open("photo.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BICUBIC)
+pixels = np.asarray(image).transpose(2, 0, 1)[None]  # uint8 [batch, 3, {size}, {size}]
+tokens = SimpleTokenizer()(["a cat", "a dog"], context_length={context}).numpy()
+(images,) = image_tower.run(None, {{"pixels": pixels}})
+(texts,) = text_tower.run(None, {{"tokens": tokens}})
+logits = {scale:.6g} * images @ texts.T
+"""
+_NOTE = """`image.onnx` takes RGB bytes, resized and cut to {size} x {size} pixels, and normalises
+them itself. `text.onnx` takes int64 tokens of {context} positions, padded as the tokenizer pads
+them. Both take any batch size and give unit-length float32 embeddings."""
+
+
+def export_onnx(
+    model: TwoTower,
+    folder: Path,
+    *,
+    image_size: int,
+    context_length: int,
+    card: Card | None = None,
+) -> Path:
+    """Write `image.onnx`, `text.onnx` and a card, and compare what onnxruntime gives.
+
+    Inputs are `pixels`, uint8 [batch, 3, image_size, image_size], and `tokens`, int64 [batch,
+    context_length]; outputs are `embeddings`, unit-length float32 [batch, dim].
+
+    Args:
+        model: The two towers; it is not changed.
+        folder: Where to; it must not be there yet, or be empty.
+        image_size: Side of the images in pixels.
+        context_length: Tokens of a text, padding included.
+        card: What the model card says; unset takes the folder's name and nothing else.
+
+    Raises:
+        UsageError: onnx, onnxscript or onnxruntime is not installed, or the folder is not empty.
+        UniclError: A tower cannot be exported, gives other embeddings, or the folder cannot be
+            written; nothing is left behind.
+    """
+    _require_packages()
+    card = card or Card(name=folder.name)
+    model = copy.deepcopy(model).cpu().float().eval()
+    pixels = torch.randint(0, 256, (3, 3, image_size, image_size), dtype=torch.uint8)
+    if isinstance(model.text, TextTower):
+        tokens = tokenize(_TEXTS, context_length)
+    else:  # another vocabulary, of which nothing is known but that it is larger than this
+        tokens = torch.randint(1, 100, (3, context_length))
+    with new_folder(folder) as partial:
+        _export(_Tower(model, "image"), pixels, partial / "image.onnx", name="pixels")
+        _export(_Tower(model, "text"), tokens, partial / "text.onnx", name="tokens")
+        sizes = {"size": image_size, "context": context_length}
+        text = render(
+            card,
+            library="onnx",
+            usage=_USAGE.format(scale=model.scale().item(), **sizes),
+            notes=[_NOTE.format(**sizes)],
+        )
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+class _Tower(nn.Module):
+    """One tower with the unit length that a two-tower model gives its features."""
+
+    def __init__(self, model: TwoTower, tower: Literal["image", "text"]) -> None:
+        super().__init__()
+        self.model = model
+        self.tower = tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tower == "image":
+            return self.model.encode_image(x)
+        # The economies depend on the texts; a graph does not.
+        return self.model.encode_text(x, economies=False)
+
+
+def _require_packages() -> None:
+    try:
+        import onnx  # noqa: F401 - whether they are there
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"exporting to onnx needs {error.name}: pip install 'unicl[export]'"
+        ) from error
+
+
+def _export(tower: _Tower, example: Tensor, path: Path, *, name: str) -> None:
+    """Write a tower's graph for any batch size, check it and compare it."""
+    import onnx
+
+    try:
+        # The fused kernels lay their results out in their own ways, which the graph must not have.
+        with warnings.catch_warnings(), _quiet(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                tower,
+                (example,),
+                input_names=[name],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # torch.export and the exporter raise all sorts
+        reason = str(error).strip().partition("\n")[0]
+        raise UniclError(f"torch cannot export the {tower.tower} tower: {reason}") from error
+    program.save(path)
+    onnx.checker.check_model(path, full_check=True)
+    _compare(tower, example, path, name=name)
+
+
+def _compare(tower: _Tower, example: Tensor, path: Path, *, name: str) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (example, example[:1]):
+        (theirs,) = session.run(None, {name: batch.numpy()})
+        with torch.no_grad():
+            difference = (tower(batch) - torch.from_numpy(theirs)).abs().max().item()
+        if not difference < _TOLERANCE:
+            raise UniclError(
+                f"onnxruntime's embeddings of the {tower.tower} tower differ by {difference:.2g}; "
+                "nothing was exported"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the optimizer's warnings of what it leaves as it is out of the log."""
+    optimizer = logging.getLogger("onnxscript")
+    level = optimizer.level
+    optimizer.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        optimizer.setLevel(level)
