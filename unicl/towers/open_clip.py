@@ -38,7 +38,10 @@ _LOCAL = "local-dir:"
 _HUB = "hf-hub:"
 _CLIP_MAX_SCALE = 100.0
 # What open_clip says when it cannot download.
-_DOWNLOAD_FAILED = ("Failed to download", "Failed initial", "Required pretrained weights")
+_DOWNLOAD_FAILED = (
+    *("Failed to download", "Failed initial", "Required pretrained weights"),
+    "couldn't connect",  # transformers, for the configuration of its text towers
+)
 # What published weights say of their preprocessing; the size is the architecture's.
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -333,8 +336,10 @@ def _create(
     model_config = config["model_cfg"]
     if published.get("quick_gelu") and not model_config.get("quick_gelu"):
         model_config["quick_gelu"] = True
-    from_hub = architecture.startswith(_HUB)
-    if from_hub and not weights:
+    repository = published.get("hf_hub") or model_config["text_cfg"].get("hf_model_name", "")
+    if architecture.startswith(_HUB):
+        repository = architecture.removeprefix(_HUB)
+    if architecture.startswith(_HUB) and not weights:
         # open_clip would download the weights, even if it does not load them.
         (Path(scratch) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         architecture = f"{_LOCAL}{scratch}"
@@ -351,21 +356,23 @@ def _create(
             require_pretrained=trained,
         )
     except Exception as error:  # of open_clip, torch, safetensors and the network
-        place = published.get("hf_hub") or architecture.removeprefix(_HUB)
-        address = f"{_hub()}/{place}".rstrip("/") if published.get("hf_hub") or from_hub else ""
+        by_url = "url" in published and not published.get("hf_hub")
         raise _creation_error(
             error,
             full_name=full_name,
-            address=address or published.get("url", ""),
-            cache=_hub_cache() if address else "~/.cache/clip",
+            address=published["url"] if by_url else f"{_hub()}/{repository}".rstrip("/"),
+            cache="~/.cache/clip" if by_url else _hub_cache(),
+            local=architecture.startswith(_LOCAL),
         ) from error
     return model, config
 
 
-def _creation_error(error: Exception, *, full_name: str, address: str, cache: str) -> UniclError:
+def _creation_error(
+    error: Exception, *, full_name: str, address: str, cache: str, local: bool
+) -> UniclError:
     """Say in one line why open_clip could not build a model."""
     reason = _reason(error)
-    if "Required pretrained weights" in reason and not address:
+    if "Required pretrained weights" in reason and local:
         return UsageError(
             f"{full_name}: the folder has no weights; add open_clip_model.safetensors"
         )
@@ -379,7 +386,7 @@ def _creation_error(error: Exception, *, full_name: str, address: str, cache: st
         )
     if isinstance(error, SafetensorError | EOFError):
         return UniclError(f"{full_name}: the weights are damaged: {reason}; fetch them again")
-    if address and any(sign in reason for sign in _DOWNLOAD_FAILED):
+    if any(sign in reason for sign in _DOWNLOAD_FAILED):
         return _no_download(full_name, address, cache, error)
     return UsageError(f"open_clip cannot build {full_name}: {reason}")
 
@@ -523,18 +530,20 @@ def _hub_cache() -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip's talk out of the log: it logs each step, to the root logger.
+    """Keep open_clip's talk out of the log, each step to the root logger, and the hub's of retries.
 
-    The handler also keeps it from installing one of its own, for good.
+    The handler also keeps open_clip from installing one of its own, for good.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
-    level = root.level
+    levels = {logger: logger.level for logger in (root, logging.getLogger("huggingface_hub"))}
     root.addHandler(handler)
-    root.setLevel(logging.CRITICAL + 1)
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         root.removeHandler(handler)

@@ -270,19 +270,50 @@ def test_without_a_network_the_line_says_from_where_and_to_where(monkeypatch, tm
 
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", offline)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    monkeypatch.setitem(
-        open_clip.pretrained._PRETRAINED, "tiny", {"tag": {"hf_hub": "org/tiny/", "url": "x"}}
-    )
+    monkeypatch.setenv("HOME", str(tmp_path))  # open_clip makes a folder for what it downloads
+    tags = {"tag": {"hf_hub": "org/tiny/", "url": "x"}, "old": {"url": "file:///nowhere/old.pt"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
     place = r"from https://\S+/org/tiny to \S+: .*; fetch it"
     with pytest.raises(UniclError, match=f"cannot download open_clip:tiny/tag {place}") as error:
         load_open_clip("tiny/tag")
     assert "\n" not in str(error.value)
     with pytest.raises(UniclError, match=f"cannot download open_clip:hf-hub:org/tiny {place}"):
         load_open_clip("hf-hub:org/tiny")
+    place = "from file:///nowhere/old.pt to ~/.cache/clip"
+    with pytest.raises(UniclError, match=f"cannot download open_clip:tiny/old {place}"):
+        load_open_clip("tiny/old")
     load_open_clip("tiny/tag", weights=False)  # needs none
     monkeypatch.setattr("open_clip.get_tokenizer", offline)
     with pytest.raises(UniclError, match="cannot load the tokenizer of siglip: no network; it "):
         OpenClipTokenizer("siglip")(["a cat"])
+
+
+def test_a_model_on_a_hub_gives_its_configuration_without_its_weights(monkeypatch, tmp_path):
+    (tmp_path / "hub").mkdir()
+    config = {
+        "model_cfg": {"embed_dim": 24, **CONFIGS["tiny"]},
+        "preprocess_cfg": {"mean": [0.5] * 3},
+    }
+    (tmp_path / "hub" / "open_clip_config.json").write_text(json.dumps(config))
+    theirs = their_model("tiny")
+    saved(theirs, tmp_path / "hub" / "open_clip_model.safetensors")
+    asked = []
+
+    def download(repo_id, filename, **_):
+        asked.append((repo_id, filename))
+        return str(tmp_path / "hub" / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    fresh = load_open_clip("hf-hub:org/tiny", weights=False)
+    assert set(asked) == {("org/tiny", "open_clip_config.json")}
+    trained = load_open_clip("hf-hub:org/tiny")
+    assert ("org/tiny", "open_clip_model.safetensors") in asked
+    assert trained.identity == fresh.identity
+    assert trained.model.image.mean.flatten().tolist() == [127.5] * 3
+    images = torch.rand(2, 3, 32, 32)
+    expected = F.normalize(theirs.encode_image(images), dim=-1)
+    torch.testing.assert_close(trained.model.encode_image(images), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "tiny-resnet"])
