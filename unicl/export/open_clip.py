@@ -30,9 +30,17 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
 tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 """
-_BY_NAME = """By name, after `open_clip.add_model_config("{name}/{name}.json")`:
-`open_clip.create_model_and_transforms("{name}", pretrained="{name}/{weights}", image_mean={mean},
-image_std={std})`."""
+_BY_NAME = """By name:
+
+```python
+open_clip.add_model_config("{name}/{name}.json")
+model, _, preprocess = open_clip.create_model_and_transforms(
+    "{name}",
+    pretrained="{name}/{weights}",
+    image_mean={mean},
+    image_std={std},
+)
+```"""
 _COSSWIN = """The image tower is a CoSwin, which open_clip does not bring along: `import cosswin`,
 of the package `unicl`, registers it with timm."""
 _CROP = """open_clip's preprocessing takes the whole middle square of an image. Where these weights
@@ -93,14 +101,15 @@ def _own_config(model: TwoTower, image_size: int) -> dict[str, Any]:
             "that hides the padding; export to onnx or safetensors instead"
         )
     block: Any = text.blocks[0]
-    width = text.token_embedding.embedding_dim
+    width, mlp_width = text.token_embedding.embedding_dim, block.fc1.out_features
     text_config = {
         "context_length": text.context_length,
         "vocab_size": text.token_embedding.num_embeddings,
         "width": width,
         "heads": block.num_heads,
         "layers": len(text.blocks),
-        "mlp_ratio": block.fc1.out_features / width,
+        # open_clip cuts width * mlp_ratio to a whole number, which rounding must not change.
+        "mlp_ratio": mlp_width / width if mlp_width % width == 0 else (mlp_width + 0.5) / width,
         "norm_kwargs": {"eps": text.norm.eps},
     }
     vision_config = {
@@ -238,6 +247,8 @@ def _card_text(card: Card, model: TwoTower, name: str, preprocess: dict[str, Any
     return render(
         card,
         library="open_clip",
-        usage=_USAGE.format(name=name, imports="import cosswin  # registers it\n" if own else ""),
+        usage=_USAGE.format(
+            name=name, imports="import cosswin  # brings the image tower\n" if own else ""
+        ),
         notes=[by_name, *([_COSSWIN] if own else []), *([_CROP] if backbone is not None else [])],
     )

@@ -75,6 +75,14 @@ def test_a_run_at_384_pixels_fits():
     export._check_shapes(config, export._their_weights(model))
 
 
+@pytest.mark.parametrize(("width", "mlp_width"), [(1152, 4864), (64, 100), (49, 48), (93, 94)])
+def test_any_width_of_the_mlps_survives(width, mlp_width):
+    text = {"width": width, "mlp_width": mlp_width, "num_heads": 1, "num_layers": 1}
+    with torch.device("meta"):
+        model = small_model(text=text)
+    export._check_shapes(export._own_config(model, 48), export._their_weights(model))
+
+
 def test_the_card_says_what_else_is_needed(tmp_path):
     card = Card(name="Mine", license="apache-2.0", trained_on="nothing")
     folder = export_open_clip(small_model(), tmp_path / "mine", image_size=48, card=card)
