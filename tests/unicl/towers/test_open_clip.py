@@ -167,6 +167,21 @@ def test_pieces_can_be_sent_to_other_processes():
     assert torch.equal(tokenize(TEXTS), ours.tokenize(TEXTS))
 
 
+def test_another_tokenizer_is_loaded_once_in_each_process(monkeypatch):
+    loaded = []
+
+    def get_tokenizer(name):
+        loaded.append(name)
+        return lambda texts: torch.tensor([[len(text)] for text in texts])
+
+    monkeypatch.setattr("open_clip.get_tokenizer", get_tokenizer)
+    tokenize = OpenClipTokenizer("siglip")
+    for each in (tokenize, pickle.loads(pickle.dumps(tokenize))):
+        for _ in range(2):
+            assert each(("a cat", "!")).tolist() == [[5], [1]]
+    assert loaded == ["siglip", "siglip"]
+
+
 def test_published_weights_decide_activation_and_pixels(tmp_path, monkeypatch):
     theirs = their_model("tiny-quickgelu")
     file = saved(theirs, tmp_path / "published.safetensors")
