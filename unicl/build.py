@@ -10,7 +10,7 @@ import torch
 
 from unicl.config import Recipe, recipe_to_toml
 from unicl.data.atomic import atomic_file, write_error
-from unicl.data.augment import EvalTransform, TrainTransform
+from unicl.data.augment import TrainTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
@@ -28,7 +28,14 @@ from unicl.errors import UsageError
 from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
 from unicl.evaluation.zero_shot import ZeroShot
-from unicl.models import build_model, build_tokenizer, choose_device, read_recipe
+from unicl.models import (
+    build_model,
+    build_tokenizer,
+    build_transform,
+    choose_device,
+    complete,
+    read_recipe,
+)
 from unicl.pretraining import Pretraining, StepFlops
 from unicl.towers.image import check_image_size
 from unicl.towers.two_tower import TwoTower
@@ -93,6 +100,7 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         UsageError: the folder holds a run of another recipe, or a setting does not fit the data.
         UniclError: what stopped the run, in one line.
     """
+    recipe = complete(recipe)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     deepspeed = recipe.engine.backend == "deepspeed"
     with joined(
@@ -194,7 +202,7 @@ def build_eval_loader(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Loa
         recipe,
         shards,
         SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
-        transform=EvalTransform(recipe.image_tower.image_size),
+        transform=build_transform(recipe),
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=recipe.evaluation.batch_size,
         seed=0,

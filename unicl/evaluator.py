@@ -204,7 +204,8 @@ def _percent(result: Result) -> str:
 
 def _check(task: str, options: Options) -> None:
     if task not in TASKS:
-        raise UsageError(f"there is no task {task!r}: choose from {', '.join(TASKS)}")
+        known = ", ".join(TASKS)
+        raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")
     if options.templates is not None and options.templates not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UsageError(f"there are no templates {options.templates!r}: choose from {known}")

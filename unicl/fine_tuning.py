@@ -21,7 +21,7 @@ from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.results import Result, save_result
 from unicl.evaluator import Options, setting_of
-from unicl.models import choose_device, load, recipe_of
+from unicl.models import OPEN_CLIP, choose_device, load, recipe_of
 
 logger = logging.getLogger("unicl")
 
@@ -52,17 +52,18 @@ def fine_tune(
     """
     if options.out is None:
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
+    out = options.out
     test = _open(data, options.split, options)
     training = _open(data, "train", options)
-    recipe = fine_tuning_recipe(model, training, options.out, overrides or {})
+    recipe = fine_tuning_recipe(model, training, out, overrides or {})
     device = choose_device(recipe.trainer.device)
     with joined(
         device,
         timeout_seconds=recipe.engine.timeout_seconds,
         alone=recipe.engine.backend != "deepspeed",
     ) as ranks:
-        ranks.together(lambda: _prepare(training, options.out) if ranks.first else None)
-        run = train(recipe, options.out / "run")
+        ranks.together(lambda: _prepare(training, out) if ranks.first else None)
+        run = train(recipe, out / "run")
         tuned = ranks.together(lambda: load(run.path, device=str(device)))
         setting = setting_of(options, ranks)
         if isinstance(test, CaptionSet):
@@ -88,15 +89,16 @@ def fine_tuning_recipe(
 
     Where a set is smaller than the paper's batch, the batch is the set.
     """
-    captions = isinstance(training, CaptionSet)
-    name = "finetune_captions" if captions else "finetune_classes"
+    if isinstance(training, CaptionSet):
+        name, num_samples = "finetune_captions", sum(len(texts) for texts in training.captions)
+    else:
+        name, num_samples = "finetune_classes", training.num_samples
     base, towers = load_recipe(name), recipe_of(model)
-    num_samples = sum(map(len, training.captions)) if captions else training.num_samples
     whole = replace(
         base,
         embed_dim=towers.embed_dim,
         model=towers.model,
-        weights=None if towers.model else str(model),
+        weights=None if str(model).startswith(OPEN_CLIP) else str(model),
         image_tower=replace(towers.image_tower, weights=None, locked=False),
         text_tower=replace(towers.text_tower, locked=False),
         data=replace(base.data, train=str(out / "data")),

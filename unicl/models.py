@@ -5,13 +5,16 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from unicl.config import Recipe, parse_recipe
+from unicl.config.schema import ImageTowerConfig, TextTowerConfig
 from unicl.data.augment import EvalTransform
 from unicl.distributed import local_rank
 from unicl.engine.checkpoint import (
@@ -33,6 +36,8 @@ logger = logging.getLogger("unicl")
 OPEN_CLIP = "open_clip:"
 """What the names of open_clip's models begin with."""
 
+# How UniCL's released checkpoints are called.
+_RELEASE = (".pth", ".pt")
 # Settings of a tower that change how it learns, not what it computes.
 _FOR_TRAINING = ("checkpointing", "drop_path_rate", "locked", "weights")
 
@@ -47,8 +52,37 @@ def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
     Raises:
         UniclError: there are no such weights, or they do not fit.
     """
+    if recipe.model is not None:
+        model = _build_open_clip(recipe, recipe.model, start=start)
+    else:
+        model = _build_own(recipe, start=start)
+    if start and recipe.weights is not None:
+        file, weights = _read_model(Path(recipe.weights))
+        if recipe.model is None:
+            weights = carry_model(weights, model, source=file)
+        set_weights(weights, model, source=file)
+    if recipe.image_tower.locked:
+        model.lock("image")
+    if recipe.text_tower.locked:
+        model.lock("text")
+    return model
+
+
+def _build_open_clip(recipe: Recipe, name: str, *, start: bool) -> TwoTower:
+    from unicl.towers.open_clip import load_open_clip  # takes seconds to import
+
+    own_start = start and recipe.weights is None
+    model = load_open_clip(name.removeprefix(OPEN_CLIP), weights=own_start).model
+    towers: dict[str, Any] = {"image": model.image, "text": model.text}
+    for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower)):
+        if config.checkpointing:
+            towers[tower].set_grad_checkpointing()
+    return model
+
+
+def _build_own(recipe: Recipe, *, start: bool) -> TwoTower:
     image, text = recipe.image_tower, recipe.text_tower
-    model = TwoTower(
+    return TwoTower(
         ImageTower(
             image.model,
             embed_dim=recipe.embed_dim,
@@ -74,18 +108,65 @@ def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
         initial_scale=recipe.loss.initial_scale,
         max_scale=recipe.loss.max_scale,
     )
-    if start and recipe.weights is not None:
-        file, weights = _read_model(Path(recipe.weights))
-        set_weights(carry_model(weights, model, source=file), model, source=file)
-    if image.locked:
-        model.lock("image")
-    if text.locked:
-        model.lock("text")
-    return model
+
+
+def complete(recipe: Recipe) -> Recipe:
+    """Return a recipe that knows the sizes of the open_clip model that it names.
+
+    Raises:
+        UsageError: open_clip has no such model.
+    """
+    if recipe.model is None:
+        return recipe
+    found = _sizes(recipe.model)
+    return replace(
+        recipe,
+        embed_dim=found.embed_dim,
+        image_tower=replace(recipe.image_tower, image_size=found.image_size),
+        text_tower=replace(recipe.text_tower, context_length=found.context_length),
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a model of open_clip reads images and texts."""
+
+    tokenize: Callable[[Sequence[str]], torch.Tensor]
+    transform: Callable[[Image.Image, int], torch.Tensor]
+    image_size: int
+    context_length: int
+    embed_dim: int
+    identity: str
+
+
+@functools.cache
+def _sizes(name: str) -> _Reading:
+    from unicl.towers.open_clip import load_open_clip
+
+    found = load_open_clip(name.removeprefix(OPEN_CLIP), weights=False)
+    with torch.no_grad():
+        text = found.model.encode_text(found.tokenize(["a"]))
+    return _Reading(
+        found.tokenize,
+        found.transform,
+        found.image_size,
+        found.context_length,
+        text.shape[1],
+        found.identity,
+    )
+
+
+def build_transform(recipe: Recipe) -> Callable[[Image.Image, int], torch.Tensor]:
+    """Build what makes an opened image the image tower's input, in evaluation."""
+    if recipe.model is not None:
+        return _sizes(recipe.model).transform
+    return EvalTransform(recipe.image_tower.image_size)
 
 
 def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
     """Build the function from texts to tokens of the text tower's context length."""
+    if recipe.model is not None:
+        return _sizes(recipe.model).tokenize
     return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
 
 
@@ -122,7 +203,7 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
         from unicl.towers.open_clip import load_open_clip  # takes seconds to import
 
         pretrained = load_open_clip(str(name).removeprefix(OPEN_CLIP))
-    elif Path(name).suffix in (".pth", ".pt"):
+    elif Path(name).suffix in _RELEASE:
         from unicl.towers.release import load_release
 
         pretrained = load_release(Path(name))
@@ -134,11 +215,16 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
 
 def _load_own(path: Path) -> Pretrained:
     model, recipe = load_model(path)
-    transform = EvalTransform(recipe.image_tower.image_size)
-    architecture = {
-        tower: {k: v for k, v in asdict(config).items() if k not in _FOR_TRAINING}
-        for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower))
-    }
+    transform = build_transform(recipe)
+    if recipe.model is not None:
+        identity = _sizes(recipe.model).identity
+    else:
+        architecture: dict[str, Any] = {
+            tower: {k: v for k, v in asdict(config).items() if k not in _FOR_TRAINING}
+            for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower))
+        }
+        crop = getattr(transform, "crop", None)
+        identity = json.dumps({"crop": crop, **architecture}, sort_keys=True)
     return Pretrained(
         name=str(path),
         model=model,
@@ -146,7 +232,38 @@ def _load_own(path: Path) -> Pretrained:
         transform=transform,
         image_size=recipe.image_tower.image_size,
         context_length=recipe.text_tower.context_length,
-        identity=json.dumps({"crop": transform.crop, **architecture}, sort_keys=True),
+        identity=identity,
+    )
+
+
+def recipe_of(name: str | Path) -> Recipe:
+    """Return the recipe whose towers are those of a model that is named as in `load`.
+
+    Raises:
+        UniclError: there is no such model, or it is damaged.
+        UsageError: its towers cannot be built from a recipe.
+    """
+    if str(name).startswith(OPEN_CLIP):
+        return complete(Recipe(model=str(name)))
+    if Path(name).suffix not in _RELEASE:
+        return read_recipe(_run_of(Path(name)))
+    found = load(name)
+    image, text = found.model.image, found.model.text
+    assert isinstance(image, ImageTower)
+    assert isinstance(text, TextTower)
+    return Recipe(
+        embed_dim=text.embed_dim,
+        image_tower=ImageTowerConfig(model=image.model, image_size=found.image_size),
+        text_tower=TextTowerConfig(
+            width=text.token_embedding.embedding_dim,
+            num_layers=len(text.blocks),
+            num_heads=text.blocks[0].num_heads,  # type: ignore[arg-type]
+            mlp_width=text.blocks[0].fc1.out_features,  # type: ignore[union-attr, arg-type]
+            context_length=text.context_length,
+            causal=text.causal,
+            activation=text.activation,
+            norm_eps=text.norm.eps,
+        ),
     )
 
 
@@ -189,6 +306,8 @@ def _weights_of(path: Path) -> Path:
     """
     averages = read_recipe(_run_of(path)).optimizer.ema_decay is not None
     name = "ema.safetensors" if averages else "model.safetensors"
+    if (path / name).is_file() and (path / "recipe.toml").is_file():
+        return path / name  # an exported folder
     if _run_of(path) == path:
         path = _best_checkpoint(path, name)
     elif path.is_dir():

@@ -20,6 +20,7 @@ def add_commands(commands: Any) -> None:
     _add_embed(commands)
     _add_index(commands)
     _add_search(commands)
+    _add_export(commands)
 
 
 def _add_eval(commands: Any) -> None:
@@ -27,12 +28,14 @@ def _add_eval(commands: Any) -> None:
         "eval",
         help="evaluate a model: zero-shot, linear probe, few-shot, retrieval",
         description="Evaluate by the paper's protocols, beside its figures. Results are JSON in "
-        "CLIP_benchmark's schema. Start it as you start train to share the work among ranks.",
+        "CLIP_benchmark's schema. Start it as you start train to share the work among ranks. "
+        "fine-tune trains on the set's train part first: any key of its recipe can be set "
+        "(--trainer.steps 200), and --out gets data, run and result.",
         allow_abbrev=False,
     )
     command.add_argument("model", metavar="MODEL", help=_MODEL)
     command.add_argument(
-        "task", metavar="TASK", help="zero-shot, linear-probe, few-shot, retrieval"
+        "task", metavar="TASK", help="zero-shot, linear-probe, few-shot, retrieval or fine-tune"
     )
     command.add_argument(
         "data", metavar="DATA", nargs="+", help=f"{_SET}, or all: the paper's sets that are there"
@@ -52,7 +55,7 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the results as a table, too"
     )
-    command.set_defaults(run=_eval, takes_overrides=False)
+    command.set_defaults(run=_eval, takes_overrides=True)
 
 
 def _add_embed(commands: Any) -> None:
@@ -114,6 +117,25 @@ def _add_search(commands: Any) -> None:
     command.set_defaults(run=_search, takes_overrides=False)
 
 
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="take a model to open_clip, ONNX or safetensors",
+        description="Write a folder with the model, what loading it takes, and a model card; what "
+        "comes out there is compared with the original.",
+        allow_abbrev=False,
+    )
+    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument(
+        "--format", required=True, metavar="F", help="open_clip, onnx or safetensors"
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--license", default="other", help="of the weights, such as apache-2.0")
+    command.add_argument("--push", metavar="ORG/NAME", help="upload to this repository of the hub")
+    command.add_argument("--private", action="store_true", help="a new repository is private")
+    command.set_defaults(run=_export, takes_overrides=False)
+
+
 def _add_sets(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--root", type=Path, default=Path("data"), help="where known sets lie (default: data)"
@@ -139,9 +161,18 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from unicl.evaluator import evaluate, show
 
-    results = evaluate(arguments.model, arguments.task, arguments.data, _options(arguments))
-    if results:
-        show(results, csv=arguments.csv)
+    options = _options(arguments)
+    if arguments.task == "fine-tune":
+        from unicl.fine_tuning import fine_tune
+
+        if len(arguments.data) != 1:
+            raise UsageError(f"fine-tune takes one set, got {len(arguments.data)}")
+        results = [fine_tune(arguments.model, arguments.data[0], options, overrides)]
+    elif overrides:
+        raise UsageError(f"--{next(iter(overrides))} is a key of fine-tune's recipe only")
+    else:
+        results = evaluate(arguments.model, arguments.task, arguments.data, options)
+    show(results, csv=arguments.csv)
 
 
 def _options(arguments: argparse.Namespace) -> Any:
@@ -201,6 +232,19 @@ def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         sys.stdout.write(to_json(searched) + "\n")
     else:
         show(searched)
+
+
+def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.exporting import export
+
+    export(
+        arguments.model,
+        arguments.out,
+        to=arguments.format,
+        license=arguments.license,
+        push=arguments.push,
+        private=arguments.private,
+    )
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -349,6 +349,10 @@ class Recipe:
     """One line for lists and reports."""
     embed_dim: int = 512
     """Width of the space both towers project into."""
+    model: str | None = None
+    """A whole model of open_clip to train instead of towers that are built here, and the weights to
+    start from: `open_clip:NAME[/WEIGHTS]`. Its sizes are its own; of the towers' settings only
+    `locked` and `checkpointing` apply."""
     weights: str | None = None
     """A run, one of its checkpoints, or a safetensors file of a whole model to start from: both
     towers and the scale, carried to this recipe's image size, window and context length."""
@@ -373,6 +377,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim must be positive, got {self.embed_dim}")
+        if self.model is not None:
+            _require(
+                self.model.startswith("open_clip:"),
+                f"model must be open_clip:NAME[/WEIGHTS], got {self.model}; "
+                "a run or a file to start from is `weights`",
+            )
+            for tower in ("image_tower", "text_tower"):
+                config = getattr(self, tower)
+                free = {"checkpointing", "locked", "image_size", "context_length"}
+                names = [item.name for item in fields(config) if item.name not in free]
+                _require_unset(config, tower, "a `model` of open_clip", *names)
         _require(
             not (self.image_tower.locked and self.text_tower.locked),
             "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
@@ -388,12 +403,13 @@ class Recipe:
         if self.weights is not None:
             _require_unset(self.image_tower, "image_tower", "a run with `weights`", "weights")
         _require(
-            not self.image_tower.locked or bool(self.weights or self.image_tower.weights),
+            not self.image_tower.locked
+            or bool(self.model or self.weights or self.image_tower.weights),
             "image_tower.locked needs `weights` or image_tower.weights: "
             "without them the tower would stay random",
         )
         _require(
-            not self.text_tower.locked or bool(self.weights),
+            not self.text_tower.locked or bool(self.model or self.weights),
             "text_tower.locked needs `weights`: without them the tower would stay random",
         )
         if self.evaluation.data is None:

@@ -1,0 +1,87 @@
+"""`unicl export`: a model by its name, taken elsewhere."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from unicl.config import recipe_to_toml
+from unicl.errors import UsageError
+from unicl.evaluation.results import read_results
+from unicl.evaluator import results_folder
+from unicl.export.card import Card
+from unicl.export.hub import push_to_hub
+from unicl.export.onnx import export_onnx
+from unicl.export.open_clip import export_open_clip
+from unicl.export.safetensors import export_safetensors
+from unicl.models import load, recipe_of
+
+logger = logging.getLogger("unicl")
+
+FORMATS = ("open_clip", "onnx", "safetensors")
+"""What a model can be exported to."""
+
+
+def export(
+    model: str | Path,
+    out: Path,
+    *,
+    to: str,
+    license: str = "other",
+    push: str | None = None,
+    private: bool = False,
+) -> Path:
+    """Write a model in another format, compared with the original; perhaps upload it.
+
+    Args:
+        model: what `unicl.models.load` takes.
+        out: folder to write; it must not be there yet, or be empty.
+        to: open_clip, onnx or safetensors.
+        license: a hub's identifier of the licence of the weights, such as apache-2.0.
+        push: a hub's repository to upload the folder to, `ORGANISATION/NAME`.
+        private: only you can see a repository that is created.
+
+    Raises:
+        UsageError: there is no such model or format, or the format cannot express it.
+        UniclError: the export gives other embeddings, or cannot be written or uploaded.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
+    loaded = load(model)
+    recipe = recipe_of(model)
+    card = Card(
+        name=out.name,
+        license=license,
+        description=recipe.description,
+        trained_on=recipe.data.train,
+        metrics=_metrics(model),
+    )
+    size = loaded.image_size
+    if to == "open_clip":
+        export_open_clip(loaded.model, out, image_size=size, card=card)
+    elif to == "onnx":
+        export_onnx(
+            loaded.model, out, image_size=size, context_length=loaded.context_length, card=card
+        )
+    else:
+        # What the weights were started from and averaged of is behind them.
+        final = replace(
+            recipe,
+            weights=None,
+            image_tower=replace(recipe.image_tower, weights=None, locked=False),
+            text_tower=replace(recipe.text_tower, locked=False),
+            optimizer=replace(recipe.optimizer, ema_decay=None),
+        )
+        export_safetensors(loaded.model, out, recipe=recipe_to_toml(final), card=card)
+    logger.info("%s in %s's format in %s", model, to, out)
+    if push is not None:
+        logger.info("uploaded: %s", push_to_hub(out, push, private=private))
+    return out
+
+
+def _metrics(model: str | Path) -> Mapping[str, float]:
+    """What `unicl eval` has measured of it, for the card."""
+    return {
+        f"{result.task} {result.dataset}: {result.headline}": result.metrics[result.headline]
+        for result in read_results(results_folder(model))
+    }
