@@ -170,7 +170,7 @@ def _their_weights(model: TwoTower) -> dict[str, Tensor]:
     text: Any = model.text
     weights = {"logit_scale": model.logit_scale.detach()[0]}
     if isinstance(image, OpenClipImageTower):
-        weights |= {f"visual.{name}": w for name, w in image.visual.state_dict().items()}
+        weights |= {f"visual.{name}": w for name, w in image.open_clip_state().items()}
     else:
         weights |= {f"visual.trunk.{name}": w for name, w in _trunk(image).items()}
         weights["visual.head.proj.weight"] = image.projection.weight.detach()

@@ -49,8 +49,10 @@ _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 class OpenClipImageTower(nn.Module):
     """Images into image features by open_clip's own image tower.
 
+    Its last projection becomes a module of its own, where it is not part of the pooling.
+
     Args:
-        visual: The image tower of an open_clip model, projection included.
+        visual: The image tower of an open_clip model, which is taken over.
         name: What the model is called, for the errors.
         config: The model's configuration in open_clip's words, and with it the text tower's.
         preprocess: Its preprocessing in open_clip's words; bytes are normalised by its mean and
@@ -69,6 +71,7 @@ class OpenClipImageTower(nn.Module):
         preprocess: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        self.projection = _take_projection(visual)
         self.visual: Any = visual
         self.name = name
         self.config = dict(config)
@@ -120,9 +123,22 @@ class OpenClipImageTower(nn.Module):
         self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch embed_dim"]:
         """Return image features; bytes are normalised first, floats are taken as they are."""
+        return self.projection(self.pool(images))
+
+    def pool(
+        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch width"]:
+        """Return the features before the projection: what a linear probe looks at."""
         if not images.is_floating_point():
             images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
         return _pooled(self.visual(images))
+
+    def open_clip_state(self) -> dict[str, Tensor]:
+        """Return the weights under the names of the tower that was taken over."""
+        weights = self.visual.state_dict()
+        if isinstance(self.projection, nn.Linear):
+            return weights | {"proj": self.projection.weight.detach().T}
+        return weights | {f"head.{name}": w for name, w in self.projection.state_dict().items()}
 
 
 class OpenClipTextTower(nn.Module):
@@ -173,7 +189,17 @@ class PixelTransform:
         self.steps = tuple(steps)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> UInt8[Tensor, "3 size size"]:
-        """Carry out the steps; the seed has no effect."""
+        """Carry out the steps; the seed has no effect.
+
+        Raises:
+            OSError: Pillow cannot decode the image.
+        """
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # bad files make Pillow raise all sorts
+            raise OSError(str(error) or type(error).__name__) from error
         for step in self.steps:
             image = step(image)
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
@@ -504,6 +530,19 @@ def _block_depths(
         else:
             depths[name] = 0 if within.startswith(bottom) else top - within.startswith(last or "\n")
     return depths
+
+
+def _take_projection(visual: Any) -> nn.Module:
+    """Take the last projection out of an image tower; nothing where it is part of its pooling."""
+    if isinstance(getattr(visual, "proj", None), nn.Parameter):
+        weight, visual.proj = visual.proj.detach().T.contiguous(), None
+        projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        projection.weight.data = weight
+        return projection
+    if hasattr(visual, "trunk") and not hasattr(visual.head, "pool"):
+        projection, visual.head = visual.head, nn.Identity()
+        return projection
+    return nn.Identity()
 
 
 def _pooled(output: Any) -> Tensor:

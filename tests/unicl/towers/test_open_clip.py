@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import struct
 
 import numpy as np
 import open_clip
@@ -14,7 +15,11 @@ from torch.nn import functional as F
 
 import cosswin  # noqa: F401 - registers coswin_nano with timm, for open_clip too
 from unicl.errors import UniclError, UsageError
-from unicl.towers.open_clip import OpenClipTextTower, OpenClipTokenizer, load_open_clip
+from unicl.towers.open_clip import (
+    OpenClipTextTower,
+    OpenClipTokenizer,
+    load_open_clip,
+)
 from unicl.towers.text import TextTower
 
 TEXT = {"width": 64, "heads": 2, "layers": 2, "context_length": 20, "vocab_size": 49408}
@@ -51,8 +56,8 @@ CONFIGS = {
     },
 }  # fmt: skip
 PROJECTIONS = (
-    *("visual.proj", "visual.head.proj.weight"),
-    *("projection.weight", "text.text_projection", "text.text_projection.bias"),
+    *("projection.weight", "projection.proj.weight"),
+    *("text.text_projection", "text.text_projection.bias"),
 )
 OURS = {"tiny", "tiny-quickgelu", "tiny-coswin", "tiny-resnet"}
 TEXTS = ["a photo of a cat", "!", "a cat", "two dogs that chase a red ball", "a cat"]
@@ -126,6 +131,23 @@ def test_weights_go_into_a_freshly_made_model(name, tmp_path):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_probe_sees_the_features_before_the_projection(name, tmp_path):
+    theirs = their_model(name)
+    ours = load_open_clip(f"{name}/{saved(theirs, tmp_path / 'weights.safetensors')}")
+    if hasattr(theirs.visual, "head"):
+        theirs.visual.head = torch.nn.Identity()
+    elif name != "tiny-resnet":  # whose projection is part of the pooling
+        theirs.visual.proj = None
+    images = torch.rand(2, 3, ours.image_size, ours.image_size)
+    with torch.no_grad():
+        expected = theirs.visual(images)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        embeddings, pooled = ours.model.encode_image_twice(images)
+        torch.testing.assert_close(pooled, expected)
+        assert torch.equal(embeddings, ours.model.encode_image(images))
+
+
 def test_a_scale_above_the_usual_bound_is_kept(tmp_path):
     theirs = their_model("tiny-siglip")
     theirs.logit_scale.data.fill_(5.0)
@@ -158,6 +180,16 @@ def test_pixels_are_open_clips(resize_mode, mode, tmp_path):
         expected = F.normalize(model.eval().encode_image(preprocess(image)[None]), dim=-1)
         ours_ = ours.model.encode_image(pixels[None])
     torch.testing.assert_close(ours_, expected, rtol=0, atol=1e-5)
+
+
+def test_an_image_that_cannot_be_decoded_is_an_os_error(monkeypatch):
+    def load(self):
+        raise struct.error("unpack requires")
+
+    ours, image = load_open_clip("tiny", weights=False), picture()
+    monkeypatch.setattr(Image.Image, "load", load)
+    with pytest.raises(OSError, match="unpack requires"):
+        ours.transform(image, 0)
 
 
 def test_pieces_can_be_sent_to_other_processes():
@@ -365,7 +397,8 @@ def test_layers_are_numbered(name):
         depths = model.image.layer_depths()
         block = "visual.transformer.resblocks.1.attn.in_proj_weight"
         assert [
-            depths[n] for n in ("visual.conv1.weight", block, "visual.ln_post.bias", "visual.proj")
+            depths[n]
+            for n in ("visual.conv1.weight", block, "visual.ln_post.bias", "projection.weight")
         ] == [0, 2, 2, 3]
 
 
