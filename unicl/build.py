@@ -108,8 +108,6 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         timeout_seconds=recipe.engine.timeout_seconds,
         alone=not deepspeed,
     ) as ranks:
-        if not ranks.first:
-            logger.setLevel(logging.ERROR)  # what all ranks have to say, one says
         ranks.together(lambda: _check_free(folder, recipe))
         # Built before anything is written: a mistake in the recipe must not occupy the folder.
         trainer = ranks.together(lambda: build_trainer(recipe, folder, ranks))

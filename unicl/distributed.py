@@ -7,6 +7,7 @@ whether it runs on one rank or on many.
 import contextlib
 import ctypes
 import itertools
+import logging
 import os
 import re
 import signal
@@ -219,6 +220,8 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
             f"cannot join the other ranks at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {reason}"
         ) from error
+    if launch.rank:
+        logging.getLogger("unicl").setLevel(logging.ERROR)  # what all have to say, one says
     try:
         yield Ranks(dist.group.WORLD)
     except RuntimeError as error:

@@ -108,8 +108,6 @@ def evaluate(
     _check(task, options)
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
-        if not ranks.first:
-            logger.setLevel(logging.ERROR)
         # Opened before the model is loaded: a name that is wrong is told at once.
         work = ranks.together(lambda: _open_all(task, data, options))
         loaded = ranks.together(lambda: load(model, device=str(device)))
@@ -156,12 +154,12 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
         with atomic_file(csv) as file:
             file.write(to_csv(results).encode())
     table = Table()
-    table.add_column("set")
+    table.add_column("set", overflow="fold")
     table.add_column("metric", no_wrap=True)
     table.add_column("images", justify="right")
     peers = list(dict.fromkeys(p.model for r in results for p in published(r.task, r.dataset)))
     for name in ("", "95% interval", *peers):
-        table.add_column(name or results[0].model, justify="right")
+        table.add_column(name or results[0].model, justify="right", overflow="fold")
     for result in results:
         beside = {p.model: p for p in published(result.task, result.dataset)}
         for metric in _shown(result):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UsageError(f"--{next(iter(overrides))} is a key of fine-tune's recipe only")
     else:
         results = evaluate(arguments.model, arguments.task, arguments.data, options)
-    show(results, csv=arguments.csv)
+    if os.environ.get("RANK", "0") == "0":
+        show(results, csv=arguments.csv)
 
 
 def _options(arguments: argparse.Namespace) -> Any:

@@ -1,0 +1,198 @@
+"""`unicl eval`, `embed`, `index`, `search` and `export` as a person types them, on real digits."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unicl.corpus import small_recipe, write_corpus
+from unicl.build import train
+from unicl.cli import main
+from unicl.config import parse_recipe
+from unicl.data.image_sets import open_image_set
+from unicl.evaluation.answers import load_answers
+from unicl.evaluation.linear_probe import LinearProbe
+from unicl.evaluation.results import read_results
+from unicl.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    write_corpus(folder / "train", num_samples=40)
+    write_corpus(folder / "held_out", num_samples=18, seed=1)
+    train(parse_recipe("", small_recipe(folder / "train")), folder / "run")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("UNICL_CACHE", str(place / "cache"))
+
+
+def run(*words: str) -> None:
+    assert main([*words, "--device", "cpu"]) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("unicl: error: ")
+    return error.splitlines()[-1].removeprefix("unicl: error: ")
+
+
+def test_every_protocol_leaves_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    run("eval", "run", "zero-shot", "digits", "held_out", "--workers", "0", "--csv", "all.csv")
+    run("eval", "run", "linear-probe", "digits", "--workers", "0")
+    run("eval", "run", "few-shot", "digits", "--shots", "1,5", "--episodes", "3", "--workers", "0")
+    run("eval", "run", "retrieval", "held_out", "--workers", "0")
+    results = {(r.task, r.dataset): r for r in read_results(Path("run/evaluation"))}
+    assert set(results) == {
+        ("zero_shot", "digits"), ("zero_shot", "held_out"), ("linear_probe", "digits"),
+        ("few_shot", "digits"), ("retrieval", "held_out"),
+    }  # fmt: skip
+    assert results["zero_shot", "digits"].num_images == 500
+    shown = capsys.readouterr().out
+    assert f"{results['linear_probe', 'digits'].metrics['top1']:.1%}" in shown
+    answers = load_answers(Path("run/evaluation/zero_shot_held_out"))
+    assert answers is not None
+    assert answers.confusion is not None
+    assert answers.confusion.sum() == 18
+    probe = LinearProbe.load(Path("run/evaluation/linear_probe_digits.safetensors"))
+    assert probe.names is not None
+    assert probe.names[3] == "three"
+    assert Path("all.csv").read_text().startswith("dataset,model,pretrained,task,")
+
+
+def test_the_paper_stands_beside(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    from tests.unicl.data.image_sets import layouts
+
+    layouts.dtd(place / "sets")
+    run("eval", "run", "zero-shot", "all", "--root", "sets", "--workers", "0", "--out", "papers")
+    shown = capsys.readouterr()
+    assert "66.4%" in shown.out  # Florence's
+    assert "55.7%" in shown.out  # CLIP's
+    assert "left out: cifar10 needs" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eval", "run", "zeroshot", "digits"), "there is no task 'zeroshot': choose from zero"),
+        (("eval", "run", "zero-shot", "digit"), "did you mean digits?"),
+        (("eval", "run", "zero-shot", "cifar10"), "cifar10 needs cifar-10-batches-py"),
+        (("eval", "nowhere", "zero-shot", "digits"), "nowhere is not a run"),
+        (("eval", "run", "retrieval", "digits"), "digits has classes, but captions are needed"),
+        (("eval", "run", "linear-probe", "held_out"), "a linear probe is fitted on a train split"),
+        (("eval", "run", "zero-shot", "digits", "--precision", "int8"), "precision must be one of"),
+        (("eval", "run", "zero-shot", "digits", "--templates", "all"), "there are no templates"),
+        (("eval", "run", "few-shot", "digits", "--shots", "five"), "--shots must be positive"),
+        (("eval", "run", "zero-shot", "digits", "--a.b", "1"), "--a.b is a key of fine-tune's"),
+        (("eval", "run", "fine-tune", "digits"), "name a folder with --out"),
+        (("eval", "run", "zero-shot", "all"), "none of the sets of zero-shot is in data"),
+        (("eval", "open_clip:ViT-B-33", "zero-shot", "digits"), "ViT-B-32"),
+        (("index", "nowhere", "--out", "x"), "nowhere holds no embeddings; `unicl embed"),
+        (("search", "nowhere", "cat"), "nowhere"),
+        (("search", "nowhere"), "search needs a text or an --image"),
+        (("export", "run", "--format", "tf", "--out", "x"), "there is no format 'tf'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *words)
+
+
+def test_from_a_folder_to_a_page_of_pictures(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    pictures = place / "pictures" / "below"
+    pictures.mkdir(parents=True)
+    opened = open_image_set("digits", split="test", root=Path())
+    for row in range(20):
+        (pictures / f"{row}.bmp").write_bytes(opened.read(row).image)
+    run("embed", "run", "pictures", "--out", "loose", "--workers", "0")
+    run("embed", "run", "held_out", "--out", "shards", "--workers", "0")
+    loose = np.load("loose/embeddings.npy", mmap_mode="r")
+    assert loose.shape == (20, 16)
+    predictor = Predictor.load("run", device="cpu")
+    rows = [json.loads(line) for line in Path("loose/items.jsonl").read_text().splitlines()]
+    own = predictor.embed_images([row["where"] for row in rows])
+    np.testing.assert_allclose(loose, own, rtol=1e-4, atol=1e-5)
+    assert main(["index", "loose", "--out", "found"]) == 0
+    assert main(["index", "shards", "--out", "found", "--add"]) == 0
+    capsys.readouterr()
+    image = str(pictures / "7.bmp")
+    run("search", "found", "red square", "--image", image, "--k", "3", "--json", "--html", "p.html")
+    by_text, by_image = json.loads(capsys.readouterr().out)
+    assert by_image["found"][0]["where"] == image
+    assert by_image["found"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert len(by_text["found"]) == 3
+    page = Path("p.html").read_text()
+    assert page.count("data:image/jpeg") == 7
+    run("search", "found", "red square")
+    assert "red square" in capsys.readouterr().out
+
+
+def test_an_index_knows_its_model(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    recipe = parse_recipe("", {**small_recipe(place / "train"), "embed_dim": "24"})
+    train(recipe, place / "wider")
+    for name in ("run", "wider"):
+        run("embed", name, "digits", "--out", f"of_{name}", "--workers", "0")
+    error = refused(capsys, "index", "of_run", "of_wider", "--out", "both")
+    assert "embedded by run (width 16)" in error
+    assert "by wider (width 24)" in error
+    assert main(["index", "of_run", "--out", "own"]) == 0
+    error = refused(capsys, "search", "own", "cat", "--model", "wider", "--device", "cpu")
+    assert "run" in error
+    assert "wider" in error
+    refused(capsys, "index", "of_wider", "--out", "own", "--add")
+    assert "is not empty" in refused(capsys, "embed", "run", "digits", "--out", "of_run")
+
+
+def test_an_exported_model_is_a_model(place: Path) -> None:
+    for name in ("safetensors", "open_clip"):
+        assert main(["export", "run", "--format", name, "--out", f"as_{name}"]) == 0
+    image = [np.full((24, 24, 3), 90, np.uint8)]
+    own = Predictor.load("run", device="cpu")
+    for name in ("as_safetensors", "open_clip:local-dir:as_open_clip"):
+        other = Predictor.load(name, device="cpu")
+        np.testing.assert_allclose(
+            other.embed_images(image), own.embed_images(image), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            other.embed_texts(["a cat"]), own.embed_texts(["a cat"]), rtol=1e-4, atol=1e-5
+        )
+    run("eval", "as_safetensors", "zero-shot", "digits", "--workers", "0")
+    assert Path("as_safetensors/evaluation/zero_shot_digits.json").exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_open_clip_goes_on_training(place: Path) -> None:
+    """Export, train it as a model of open_clip, fine-tune it further: its weights change."""
+    assert main(["export", "run", "--format", "open_clip", "--out", "theirs"]) == 0
+    name = "open_clip:local-dir:theirs"
+    keys = {
+        "model": name,
+        "data.train": "train",
+        "data.num_workers": "0",
+        "trainer.batch_size": "12",
+        "trainer.precision": "fp32",
+        "schedule.warmup_steps": "0",
+    }
+    tuned = train(parse_recipe("", {**keys, "trainer.steps": "2"}), place / "tuned")
+    before, after = Predictor.load(name, device="cpu"), Predictor.load(tuned.path, device="cpu")
+    image = [np.full((24, 24, 3), 90, np.uint8)]
+    similarity = (before.embed_images(image) * after.embed_images(image)).sum()
+    assert 0.5 < similarity < 1 - 1e-6
+    torch.testing.assert_close(before.tokenize(["a cat"]), after.tokenize(["a cat"]))
+    run(
+        *("eval", "tuned", "fine-tune", "digits", "--out", "again", "--workers", "0"),
+        *("--trainer.steps", "2", "--trainer.batch_size", "20", "--data.num_workers", "0"),
+    )
+    (result,) = read_results(place / "again" / "run" / "evaluation")
+    assert result.task == "fine_tune"
+    assert result.protocol["from"] == "tuned"
