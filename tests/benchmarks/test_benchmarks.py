@@ -108,6 +108,14 @@ def test_search(tmp_path):
     assert [bar["limit"] for bar in record["bars"]] == [0.95, 10, None, 300]
 
 
+def test_linear_probe(tmp_path):
+    record = run_quick("linear_probe", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [10.0, 0.2, 1.0]
+    curve, others = record["tables"].values()
+    assert all(abs(row["validation"] - row["scikit_learn"]) < 3 for row in curve)
+    assert [row["features"] for row in others] == ["isotropic", "unit norm", "digits"]
+
+
 def test_demo_reads_a_finished_run(tmp_path):
     run = tmp_path / "run"
     (run / "unicl").mkdir(parents=True)

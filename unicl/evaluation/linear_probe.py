@@ -8,8 +8,8 @@ regularisation,
 with an intercept that is not penalised. Images with several labels have one logistic regression
 per class, as in `OneVsRestClassifier`.
 
-How it is solved: full-batch L-BFGS, whose first guess of the inverse Hessian is a Kronecker product.
-The Hessian is a mean over images of (covariance of the predicted class) x (features' outer
+How it is solved: full-batch L-BFGS, whose first guess of the inverse Hessian is a Kronecker
+product. The Hessian is a mean over images of (covariance of the predicted class) x (features' outer
 product); the product of the two means is close to it, follows the features whatever their scale
 and correlation, and is inverted for every C by the same two small eigendecompositions. Several C
 are solved as a path, each from the solution before it.
@@ -34,14 +34,21 @@ from unicl.data.atomic import atomic_file
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.metrics import top_k_accuracy
 
-Features = Float[Tensor, "num_images dim"]
-Targets = Int[Tensor, " num_images"] | Bool[Tensor, "num_images num_classes"]
-Metric = Callable[[Float[Tensor, "num_images num_classes"], Targets], float]
+# `check` compares the sizes, and says it in words.
+Features = Float[Tensor, "_num_images _dim"]
+Targets = Int[Tensor, " _num_images"] | Bool[Tensor, "_num_images _num_classes"]
+"""One class per image, or a table of which classes an image shows."""
+
+Metric = Callable[..., float]
+"""Of scores [num_images, num_classes] and targets; the higher the better."""
 
 # CLIP's grid (CLIP, A.3): from 1e-6 to 1e6, searched down to eight steps per decade.
 _STEPS_PER_DECADE = 8
 _DECADES = 6
 _FIRST_STEP = 2 * _STEPS_PER_DECADE
+
+# What probes that are only compared are solved to; their accuracies hardly move below it.
+_COMPARED = 1e-4
 
 # Logits that exist at one time: on a CPU they stay in its cache between the two products.
 _LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
@@ -63,7 +70,7 @@ class LinearProbe:
     names: tuple[str, ...] | None = field(default=None, repr=False)
     """The classes' names, if they are known."""
 
-    def scores(self, features: Features) -> Float[Tensor, "num_images num_classes"]:
+    def scores(self, features: Features) -> Float[Tensor, "_num_images num_classes"]:
         """Logits of every class: of a softmax, or one sigmoid each where images have many labels.
 
         Raises:
@@ -78,7 +85,7 @@ class LinearProbe:
         weight, bias = self.weight.to(features), self.bias.to(features)
         return torch.addmm(bias, features, weight.T)
 
-    def predict(self, features: Features) -> Int[Tensor, " num_images"]:
+    def predict(self, features: Features) -> Int[Tensor, " _num_images"]:
         """The class of the highest score.
 
         Raises:
@@ -149,7 +156,7 @@ def fit(
     strengths: Sequence[float],
     start: Sequence[LinearProbe] | None = None,
     max_iterations: int = 1000,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> list[LinearProbe]:
     """Fit one probe per strength; several are solved as a path, the strongest penalty first.
 
@@ -196,7 +203,7 @@ def search(
     num_classes: int,
     metric: Metric = top_k_accuracy,
     max_iterations: int = 1000,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
 ) -> Search:
     """CLIP's search for C (CLIP, A.3), then a fit on training and validation images together.
 
@@ -211,7 +218,7 @@ def search(
         num_classes: classes to choose from.
         metric: of scores and targets; the higher the better.
         max_iterations: as in `fit`.
-        tolerance: as in `fit`.
+        tolerance: of the last fit, as in `fit`; those before it end at 1e-4.
 
     Raises:
         UsageError: as in `fit`, for either split, or the splits differ in width.
@@ -229,7 +236,7 @@ def search(
             f"{val_targets.dtype}: give both as classes, or both as tables of bools"
         )
     train, validation = (train_features, train_targets), (val_features, val_targets)
-    solver = _Solver([train], num_classes, max_iterations, tolerance)
+    solver = _Solver([train], num_classes, max_iterations, max(tolerance, _COMPARED))
     probes: dict[int, LinearProbe] = {}
     found: dict[int, float] = {}
 
@@ -354,7 +361,8 @@ class _Solver:
         self.tolerance = tolerance
         self.num_images = sum(len(features) for features, _ in splits)
         self.multi_label = splits[0][1].dtype == torch.bool
-        self.mean = sum(features.sum(dim=0) for features, _ in self.splits) / self.num_images
+        sums = torch.stack([features.sum(dim=0) for features, _ in self.splits])
+        self.mean = sums.sum(dim=0) / self.num_images
         self.span = self._shrink() if self.num_images < first.shape[1] else None
         self.num_evaluations = 0
         self._eigen()
@@ -411,8 +419,8 @@ class _Solver:
     def _null_objective(self) -> float:
         """The least that a probe without weights reaches: what the classes' shares allow."""
         if self.multi_label:
-            counts = sum(targets.sum(dim=0) for _, targets in self.splits)
-            shares = torch.as_tensor(counts).double() / self.num_images
+            counts = torch.stack([targets.sum(dim=0) for _, targets in self.splits]).sum(dim=0)
+            shares = counts.double() / self.num_images
             return float(-(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)).sum())
         shares = torch.cat([targets for _, targets in self.splits]).bincount() / self.num_images
         return float(-torch.xlogy(shares.double(), shares.double()).sum())
@@ -476,9 +484,10 @@ class _Solver:
             direction = -_two_loops(now.gradient, pairs, guess)
             slope = _dot(now.gradient, direction)
             gain = max(0.0, self.null_objective - now.objective)
-            # A quadratic's minimum lies half the slope below. The first step is always worth
-            # taking: with small features all that there is to gain can drown in rounding.
-            if -slope / 2 <= max(self.tolerance * gain, noise * now.objective if iteration else 0):
+            # The first step is always worth taking: with small features all that there is to gain
+            # can drown in rounding.
+            floor = noise * now.objective if iteration else 0.0
+            if self._arrived(parameters, now.gradient, slope, gain, floor):
                 break
             step = self._line_search(parameters, direction, slope, now, penalty)
             if step is None:
@@ -490,6 +499,19 @@ class _Solver:
                 pairs.append((change, difference, product))
             parameters, now = parameters + change, value
         return parameters
+
+    def _arrived(
+        self, parameters: Tensor, gradient: Tensor, slope: float, gain: float, floor: float
+    ) -> bool:
+        """Whether neither the next step nor larger weights promise enough."""
+        # A quadratic's minimum lies half the slope below.
+        if -slope / 2 > max(self.tolerance * gain, floor):
+            return False
+        # Where classes separate, the objective falls ever more slowly as the weights grow, and each
+        # step looks small. Growing all weights at once shows it; what that promises is of first
+        # order in the distance from the solution, the step's promise of second.
+        growth = abs(_dot(gradient[:, :-1], parameters[:, :-1]))
+        return growth <= max(math.sqrt(self.tolerance) * gain, floor)
 
     def _line_search(
         self, parameters: Tensor, direction: Tensor, slope: float, now: _Value, penalty: float
@@ -556,4 +578,4 @@ def _sigmoid_residual(
 
 
 def _dot(first: Tensor, second: Tensor) -> float:
-    return float(torch.dot(first.flatten(), second.flatten()))
+    return float(torch.dot(first.reshape(-1), second.reshape(-1)))

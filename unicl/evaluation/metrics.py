@@ -10,9 +10,10 @@ from torch import Tensor
 
 from unicl.errors import UsageError
 
-Scores = Float[Tensor, "num_images num_classes"]
-Classes = Int[Tensor, " num_images"]
-Shown = Bool[Tensor, "num_images num_classes"]
+# Sizes that differ are said in words.
+Scores = Float[Tensor, "_num_images _num_classes"]
+Classes = Int[Tensor, " _num_images"]
+Shown = Bool[Tensor, "_num_images _num_classes"]
 
 
 def top_k_accuracy(scores: Scores, targets: Classes, k: int = 1) -> float:
@@ -38,7 +39,7 @@ def mean_per_class_accuracy(scores: Scores, targets: Classes) -> float:
 
 def average_precision(
     scores: Scores, targets: Shown, counted: Shown | None = None
-) -> Float[Tensor, " num_classes"]:
+) -> Float[Tensor, " _num_classes"]:
     """Average precision of each class over the images, without interpolation.
 
     Of equal scores the images without the class come first. A class that no image shows has 0.
@@ -57,7 +58,7 @@ def average_precision(
 
 def interpolated_average_precision(
     scores: Scores, targets: Shown, counted: Shown | None = None
-) -> Float[Tensor, " num_classes"]:
+) -> Float[Tensor, " _num_classes"]:
     """VOC2007's average precision of each class: the best precision at eleven levels of recall.
 
     At each recall of 0, 0.1, ..., 1 the highest precision among all cuts that reach it; then the
@@ -165,9 +166,7 @@ def _ranks(scores: Scores, targets: Classes) -> Classes:
     return num_classes - 1 - (scores < right).sum(dim=1)
 
 
-def _precision(
-    scores: Scores, targets: Shown, counted: Shown | None
-) -> tuple[Shown, Float[Tensor, "num_images num_classes"]]:
+def _precision(scores: Scores, targets: Shown, counted: Shown | None) -> tuple[Shown, Scores]:
     """Whether each image shows the class, surest first, and the precision of a cut behind it."""
     counted = torch.ones_like(targets) if counted is None else counted
     if not scores.shape == targets.shape == counted.shape or not len(scores):
