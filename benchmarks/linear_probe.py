@@ -129,7 +129,7 @@ def draw(
     num_classes: int,
     *,
     decay: float = 1.0,
-    spread: float = 0.35,
+    spread: float = 0.27,
     wrong: float = 0.05,
     norm: float = 10.0,
 ) -> _Task:

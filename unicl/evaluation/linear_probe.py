@@ -82,8 +82,8 @@ class LinearProbe:
                 f"the probe was fitted on features of width {dim}, these are {features.shape[1]} "
                 "wide: embed the images with the probe's own model"
             )
-        weight, bias = self.weight.to(features), self.bias.to(features)
-        return torch.addmm(bias, features, weight.T)
+        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
+        return torch.addmm(bias, features.to(weight.dtype), weight.T)
 
     def predict(self, features: Features) -> Int[Tensor, " _num_images"]:
         """The class of the highest score.
@@ -296,6 +296,8 @@ def check(
             raise UsageError(
                 f"the {what}targets are a table of {targets.shape[1]} classes, not of {num_classes}"
             )
+        if fitted and not targets.any():
+            raise UsageError(f"no class is shown in the {what}targets: a probe needs some images")
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= num_classes:

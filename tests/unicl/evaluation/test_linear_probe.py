@@ -241,7 +241,7 @@ def test_a_saved_probe_is_the_same(tmp_path: Path) -> None:
     loaded = LinearProbe.load(path)
     assert loaded.strength == probe.strength
     assert loaded.names is None
-    assert torch.equal(loaded.scores(features.float()), probe.scores(features.float()))
+    assert torch.equal(loaded.scores(features), probe.scores(features.float()))
     names = tuple(f"größe {number}" for number in range(CLASSES))
     LinearProbe(weight=probe.weight, bias=probe.bias, strength=1.0, names=names).save(path)
     assert LinearProbe.load(path).names == names
@@ -281,6 +281,7 @@ TWO = torch.tensor([0, 1, 0, 1])
         (ONES, TWO + 1, 1.0, "class 2, but there are 2 classes"),
         (ONES, TWO - 1, 1.0, "class -1, but there are 2 classes"),
         (ONES, torch.ones(4, 3) > 0, 1.0, "a table of 3 classes, not of 2"),
+        (ONES, torch.zeros(4, 2) > 0, 1.0, "no class is shown in the targets"),
         (ONES, TWO, 0.0, "a strength must be a positive number, got 0.0"),
     ],
 )
