@@ -50,8 +50,9 @@ _FIRST_STEP = 2 * _STEPS_PER_DECADE
 # What probes that are only compared are solved to; their accuracies hardly move below it.
 _COMPARED = 1e-4
 
-# Logits that exist at one time: on a CPU they stay in its cache between the two products.
-_LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
+# Logits that exist at one time. Fewer would fit a CPU's nearest cache, but its threads wait for
+# each other after every chunk, which costs more where they share the machine.
+_LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 # Pairs of steps and gradient differences that L-BFGS remembers.
 _MEMORY = 20
@@ -357,14 +358,17 @@ class _Solver:
     ) -> None:
         first = splits[0][0]
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.splits = [(features.to(dtype), targets) for features, targets in splits]
+        self.splits = [
+            (features.to(dtype), targets if targets.dtype == torch.bool else targets.long())
+            for features, targets in splits
+        ]
         self.num_classes = num_classes
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.num_images = sum(len(features) for features, _ in splits)
         self.multi_label = splits[0][1].dtype == torch.bool
         sums = torch.stack([features.sum(dim=0) for features, _ in self.splits])
-        self.mean = sums.sum(dim=0) / self.num_images
+        self.origin = self.mean = sums.sum(dim=0) / self.num_images
         self.span = self._shrink() if self.num_images < first.shape[1] else None
         self.num_evaluations = 0
         self._eigen()
@@ -381,32 +385,23 @@ class _Solver:
 
         Weights outside of it change no logit and cost a penalty, so no solution has them.
         """
-        (features, _), *others = self.splits
-        whole = torch.cat([features, *(more for more, _ in others)]) - self.mean
+        whole = torch.cat([features for features, _ in self.splits]) - self.origin
         span = torch.linalg.svd(whole, full_matrices=False).Vh
-        self.splits = [((rows - self.mean) @ span.T, targets) for rows, targets in self.splits]
-        self.outer_mean, self.mean = self.mean, torch.zeros_like(span[:, 0])
+        self.splits = [((rows - self.origin) @ span.T, targets) for rows, targets in self.splits]
+        self.mean = torch.zeros_like(span[:, 0])
         return span
 
     def _enter(self, probe: LinearProbe | None) -> Tensor:
-        weight = self.mean.new_zeros(self.num_classes, len(self.mean) + 1)
         if probe is None:
-            return weight
-        inner = probe.weight.to(self.mean)
-        mean = self.mean
-        if self.span is not None:
-            mean = self.outer_mean
-        bias = probe.bias.to(mean) + inner @ mean
-        if self.span is not None:
-            inner = inner @ self.span.T
-        return torch.cat([inner, bias[:, None]], dim=1)
+            return self.mean.new_zeros(self.num_classes, len(self.mean) + 1)
+        weight, bias = probe.weight.to(self.mean), probe.bias.to(self.mean)
+        inner = weight if self.span is None else weight @ self.span.T
+        return torch.cat([inner, (bias + weight @ self.origin)[:, None]], dim=1)
 
     def _leave(self, parameters: Tensor, strength: float) -> LinearProbe:
-        weight, bias = parameters[:, :-1], parameters[:, -1]
-        mean = self.mean
-        if self.span is not None:
-            weight, mean = weight @ self.span, self.outer_mean
-        return LinearProbe(weight=weight.contiguous(), bias=bias - weight @ mean, strength=strength)
+        inner, bias = parameters[:, :-1], parameters[:, -1]
+        weight = inner.contiguous() if self.span is None else inner @ self.span
+        return LinearProbe(weight=weight, bias=bias - weight @ self.origin, strength=strength)
 
     def _eigen(self) -> None:
         """Eigenvalues and vectors of the features' covariance."""
@@ -428,7 +423,7 @@ class _Solver:
         return float(-torch.xlogy(shares.double(), shares.double()).sum())
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        at_once = _LOGITS_AT_ONCE.get(self.mean.device.type, 1 << 22)
+        at_once = _LOGITS_AT_ONCE.get(self.mean.device.type, 1 << 21)
         size = max(256, at_once // self.num_classes)
         for features, targets in self.splits:
             yield from zip(features.split(size), targets.split(size), strict=True)
