@@ -69,13 +69,11 @@ def interpolated_average_precision(
     found, there = hits.cumsum(dim=0), hits.sum(dim=0)
     # The best precision of this cut and all longer ones.
     best = precision.flip(0).cummax(dim=0).values.flip(0)
-    levels = []
-    for tenths in range(11):
-        # In whole numbers: recall 3/10 reaches 0.3 exactly.
-        reached = 10 * found >= tenths * there
-        first = reached.int().argmax(dim=0, keepdim=True)
-        levels.append(best.gather(0, first)[0])
-    return torch.where(there > 0, torch.stack(levels).mean(dim=0), 0.0)
+    # In whole numbers, rounded up: recall 3/10 reaches 0.3 exactly.
+    wanted = (there[:, None] * torch.arange(11, device=there.device) + 9) // 10
+    first = torch.searchsorted(found.T.contiguous(), wanted)
+    levels = best.T.gather(1, first)
+    return torch.where(there > 0, levels.mean(dim=1), 0.0)
 
 
 def mean_average_precision(scores: Scores, targets: Shown, counted: Shown | None = None) -> float:
@@ -174,10 +172,12 @@ def _precision(scores: Scores, targets: Shown, counted: Shown | None) -> tuple[S
             f"scores are {list(scores.shape)}, targets {list(targets.shape)}, what counts "
             f"{list(counted.shape)}: all must be images by classes"
         )
-    # What does not count goes to the end, where it changes no precision.
-    targets, scores = targets & counted, scores.masked_fill(~counted, -math.inf)
-    negatives_first = targets.int().argsort(dim=0, stable=True)
-    surest_first = scores.gather(0, negatives_first).argsort(dim=0, descending=True, stable=True)
-    hits = targets.gather(0, negatives_first.gather(0, surest_first))
+    # What does not count goes to the end, where it changes no precision. A class's images lie side
+    # by side in memory while they are sorted, which is several times faster.
+    shown = (targets & counted).T.contiguous()
+    ranked = scores.masked_fill(~counted, -math.inf).T.contiguous()
+    negatives_first = shown.byte().argsort(dim=1, stable=True)
+    surest_first = ranked.gather(1, negatives_first).argsort(dim=1, descending=True, stable=True)
+    hits = shown.gather(1, negatives_first.gather(1, surest_first)).T
     cuts = torch.arange(1, len(hits) + 1, device=hits.device, dtype=torch.float64)
     return hits, hits.cumsum(dim=0) / cuts[:, None]
