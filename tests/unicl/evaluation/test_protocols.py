@@ -133,11 +133,12 @@ def test_the_probe_is_scikit_learns(model: Pretrained, setting: Setting, tmp_pat
     for part in (train, validation):
         x.append(image_embeddings(model, part, setting).features.numpy())
         targets.append(part.targets)
-    peer = LogisticRegression(C=found.strength, max_iter=1000)
+    # To the end: with its own tolerance it stops early on features of bytes.
+    peer = LogisticRegression(C=found.strength, max_iter=10_000, tol=1e-8)
     peer.fit(np.concatenate(x), np.concatenate(targets))
     asked = image_embeddings(model, test, setting).features.numpy()
     accuracy = peer.score(asked, test.targets)
-    assert result.metrics["top1"] == pytest.approx(accuracy, abs=0.002)
+    assert result.metrics["top1"] == pytest.approx(accuracy, abs=0.002 + 1e-9)
     balanced = balanced_accuracy_score(test.targets, peer.predict(asked))
     assert result.metrics["mean_per_class"] == pytest.approx(balanced, abs=0.004)
     assert result.protocol["num_train"] == 1297
