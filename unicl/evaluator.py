@@ -207,9 +207,11 @@ def _check(task: str, options: Options) -> None:
     if options.templates is not None and options.templates not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UsageError(f"there are no templates {options.templates!r}: choose from {known}")
-    for name in ("batch_size", "num_episodes", *(("shots",) if options.shots == () else ())):
-        if not getattr(options, name) or getattr(options, name) < 1:
+    for name in ("batch_size", "num_episodes"):
+        if getattr(options, name) < 1:
             raise UsageError(f"{name} must be positive, got {getattr(options, name)}")
+    if not options.shots or min(options.shots) < 1:
+        raise UsageError(f"shots must be positive numbers, got {options.shots}")
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def fine_tuning_recipe(
     steps = given.trainer.steps if "trainer.steps" in overrides else steps
     found = {
         "trainer.steps": str(steps),
-        "schedule.warmup_steps": str(min(base.schedule.warmup_steps, steps // 10)),
+        "schedule.warmup_steps": str(min(base.schedule.warmup_steps, steps // 3)),
     }
     return parse_recipe(text, {**found, **overrides}, source=name)
 

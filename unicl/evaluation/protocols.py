@@ -15,6 +15,7 @@ from torch import Tensor
 from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet
 from unicl.errors import UsageError
 from unicl.evaluation.cache import Setting, classifier, image_embeddings, texts_embeddings
+from unicl.evaluation.embeddings import device_of
 from unicl.evaluation.few_shot import draw_episodes
 from unicl.evaluation.few_shot import few_shot as train_heads
 from unicl.evaluation.linear_probe import LinearProbe, Search, search
@@ -152,8 +153,16 @@ def linear_probe(
     metric: Callable[..., float] = top_k_accuracy
     if train.targets.ndim == 2:
         metric = mean_interpolated_average_precision
-    found = search(*parts, num_classes=len(train.class_names), metric=metric)
-    probe = replace(found.probe, names=train.class_names)
+    device = device_of(model.model)
+    found = search(
+        *(part.to(device) for part in parts), num_classes=len(train.class_names), metric=metric
+    )
+    probe = replace(
+        found.probe,
+        weight=found.probe.weight.cpu(),
+        bias=found.probe.bias.cpu(),
+        names=train.class_names,
+    )
     result = ask_probe(probe, model, test, setting)
     return (
         replace(
@@ -222,7 +231,7 @@ def few_shot(
         raise UsageError(f"few-shot episodes need one class per image; {images} has several")
     features, targets, skipped = _features(model, images, setting)
     mirrored, _, _ = _features(_mirrored(model), images, setting)
-    views = torch.stack([features, mirrored])
+    views = torch.stack([features, mirrored]).to(device_of(model.model))
     metrics, intervals = {}, {}
     for shot in shots:
         episodes = draw_episodes(targets.numpy(), shot=shot, num_episodes=num_episodes, seed=seed)

@@ -1,0 +1,129 @@
+"""Fine-tuning by the pretraining's loss, on real digits and on captions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unicl.corpus import small_recipe, write_corpus
+from unicl.build import train
+from unicl.config import parse_recipe
+from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
+from unicl.data.image_sets.images import PixelArray
+from unicl.data.shards import ShardSet
+from unicl.engine.metrics import read_metrics
+from unicl.errors import UsageError
+from unicl.evaluation.results import read_results
+from unicl.evaluator import Options, evaluate
+from unicl.fine_tuning import fine_tune, fine_tuning_recipe
+from unicl.models import read_recipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned next to nothing, and a set with captions in two parts."""
+    folder = tmp_path_factory.mktemp("place")
+    for part, number in (("train", 36), ("test", 12)):
+        write_corpus(folder / "set" / part, num_samples=number, seed=number)
+    keys = {
+        "embed_dim": "64",
+        "image_tower.image_size": "32",
+        "text_tower.width": "64",
+        "trainer.steps": "1",
+    }
+    train(parse_recipe("", {**small_recipe(folder / "set" / "train"), **keys}), folder / "run")
+    return folder
+
+
+def options(out: Path, **changes: object) -> Options:
+    return Options(out=out, device="cpu", num_workers=0, **changes)
+
+
+QUICK = {"data.num_workers": "0", "trainer.precision": "fp32", "trainer.device": "cpu"}
+
+
+@pytest.mark.slow
+def test_a_short_training_names_real_digits(place: Path, tmp_path: Path) -> None:
+    overrides = {
+        **QUICK,
+        "trainer.steps": "250",
+        "trainer.batch_size": "64",
+        "optimizer.learning_rate": "1e-3",
+        "image_tower.drop_path_rate": "0",
+    }
+    result = fine_tune(place / "run", "digits", options(tmp_path), overrides)
+    assert result.task == "fine_tune"
+    assert result.metrics["top1"] >= 0.9
+    (probe,) = evaluate(tmp_path / "run", "linear-probe", ["digits"], options(tmp_path / "probe"))
+    assert probe.metrics["top1"] >= 0.95
+
+
+def test_captions_are_fine_tuned_for_retrieval(place: Path, tmp_path: Path) -> None:
+    overrides = {**QUICK, "trainer.steps": "3"}
+    result = fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
+    assert result.task == "retrieval_fine_tuned"
+    assert set(result.metrics) == {f"{side}_r{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+    assert ShardSet.open(tmp_path / "data").num_samples == 36
+    assert read_results(tmp_path / "run" / "evaluation") == [result]
+    recipe = read_recipe(tmp_path / "run")
+    assert recipe.trainer.batch_size == 36
+    assert recipe.data.templates == "none"
+    # The same command again finds all of it there.
+    written = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    again = fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
+    assert again.metrics == result.metrics
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == written
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> None:
+    overrides = {**QUICK, "trainer.steps": "1"}
+    fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
+    with pytest.raises(UsageError, match="holds other images than digits"):
+        fine_tune(place / "run", "digits", options(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "overrides", "batch_size", "steps", "warmup"),
+    [
+        (1_281_167, {}, 8192, 1564, 500),  # the paper's own number of steps
+        (1_281_167, {"trainer.batch_size": "1024"}, 1024, 12512, 500),
+        (1000, {}, 1000, 20, 6),
+        (1000, {"trainer.steps": "7"}, 1000, 7, 2),
+        (1000, {"schedule.warmup_steps": "9"}, 1000, 20, 9),
+    ],
+)
+def test_epochs_become_steps(
+    place: Path,
+    num_images: int,
+    overrides: dict[str, str],
+    batch_size: int,
+    steps: int,
+    warmup: int,
+) -> None:
+    pixels = np.zeros((num_images, 1, 1), np.uint8)
+    training = ClassificationSet(
+        name="many",
+        split="train",
+        splits=("train",),
+        images=PixelArray(pixels, "many"),
+        class_names=("a", "b"),
+        templates=("{}",),
+        targets=np.zeros(num_images, np.int64),
+        metric="top1",
+    )
+    recipe = fine_tuning_recipe(place / "run", training, Path("out"), overrides)
+    assert recipe.trainer.batch_size == batch_size
+    assert recipe.trainer.steps == steps
+    assert recipe.schedule.warmup_steps == warmup
+    assert recipe.image_tower.model == "coswin_nano"
+    assert recipe.weights == str(place / "run")
+
+
+def test_what_cannot_be_fine_tuned_on(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name a folder with --out"):
+        fine_tune(place / "run", "digits", Options())
+    with pytest.raises(UsageError, match="is one part"):
+        fine_tune(place / "run", str(place / "set" / "test"), options(tmp_path))
+    opened = open_image_set(str(place / "set"), split="train", root=Path())
+    assert isinstance(opened, CaptionSet)
