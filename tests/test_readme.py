@@ -35,6 +35,7 @@ def run(words, folder, **kwargs):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "UNICL_CACHE": str(folder / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     done = subprocess.run(

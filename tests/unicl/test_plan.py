@@ -292,3 +292,11 @@ def test_the_command_names_mistakes(capsys):
     assert "--gpus must be positive, got 0" in capsys.readouterr().err
     assert main(["plan", "florance_stage1", "--gpus", "8", "--gpu-memory", "40"]) == 2
     assert "did you mean florence_stage1" in capsys.readouterr().err
+
+
+def test_a_model_of_open_clip_is_not_foretold(capsys):
+    words = ["plan", "demo", "--model", "open_clip:ViT-B-32", "--gpus", "1", "--gpu-memory", "40"]
+    reset = [("image_tower.model", "coswin_tiny"), ("text_tower.width", "512")]
+    reset += [("text_tower.num_layers", "12"), ("text_tower.num_heads", "8")]
+    assert main([*words, *(word for key, value in reset for word in (f"--{key}", value))]) == 2
+    assert "not with open_clip:ViT-B-32" in capsys.readouterr().err

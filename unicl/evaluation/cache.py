@@ -129,7 +129,12 @@ def texts_embeddings(
 
 
 def classifier(
-    model: Pretrained, names: Sequence[str], templates: Sequence[str], setting: Setting
+    model: Pretrained,
+    names: Sequence[str],
+    templates: Sequence[str],
+    setting: Setting,
+    *,
+    short_text_words: int | None = None,
 ) -> Float[Tensor, "num_classes dim"]:
     """One embedding per class, made of its prompts, or what was made before."""
 
@@ -139,11 +144,13 @@ def classifier(
             own,
             templates,
             model.tokenize,
+            short_text_words=short_text_words,
             batch_size=setting.batch_size,
             autocast=setting.autocast,
         )
 
-    return _texts(model, names, setting, "classes " + json.dumps(list(templates)), embed)
+    kind = "classes " + json.dumps([short_text_words, *templates])
+    return _texts(model, names, setting, kind, embed)
 
 
 def _texts(

@@ -87,7 +87,13 @@ def zero_shot(
     start = time.perf_counter()
     templates = images.templates if templates is None else tuple(templates)
     embedded = image_embeddings(model, images, setting)
-    classes = classifier(model, images.class_names, templates, setting)
+    classes = classifier(
+        model,
+        images.class_names,
+        templates,
+        setting,
+        short_text_words=images.short_text_words,
+    )
     rows = embedded.rows.numpy()
     answers = None
     if images.targets.ndim == 1:

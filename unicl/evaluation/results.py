@@ -90,7 +90,9 @@ class Result:
 
 def save_result(folder: Path, result: Result) -> Path:
     """Write one result into a folder of results; the same measured anew takes its place."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{result.task}_{result.dataset}".strip("./"))
+    split = result.protocol.get("split") or "test"
+    words = [result.task, result.dataset.strip("./"), *([] if split == "test" else [split])]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", "_".join(words))
     path = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

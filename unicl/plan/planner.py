@@ -101,8 +101,14 @@ def plan(
         device: "cuda", or "cpu" for what the same takes on CPUs.
 
     Raises:
-        UsageError: A number is not positive, or there are fewer samples in a batch than GPUs.
+        UsageError: A number is not positive, there are fewer samples in a batch than GPUs, or the
+            recipe trains a model of open_clip.
     """
+    if recipe.model is not None:
+        raise UsageError(
+            f"plan reckons with towers that a recipe describes, not with {recipe.model}; "
+            "describe towers of its size"
+        )
     context = recipe.text_tower.context_length
     text_length = context if text_length is None else text_length
     for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("peak-tflops", peak_tflops)):

@@ -89,6 +89,8 @@ class ClassificationSet(ImageSet):
     """One name per class, fit for a prompt; two classes may share a name (ImageNet's do)."""
     templates: tuple[str, ...]
     """The prompt ensemble; each has `{}` once, for the name."""
+    short_text_words: int | None = None
+    """Names of more words stay as they are, as in pretraining; None fills templates with all."""
     targets: Int64[np.ndarray, " num_images"] | Bool[np.ndarray, "num_images num_classes"]
     """Number of each image's class, or which classes it shows."""
     metric: Metric

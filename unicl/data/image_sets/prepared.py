@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from unicl.data.hash_table import TextHashTable, normalise
-from unicl.data.image_sets.clip_classes import DEFAULT_TEMPLATES
 from unicl.data.image_sets.image_set import (
     CaptionSet,
     ClassificationSet,
@@ -15,9 +14,13 @@ from unicl.data.image_sets.image_set import (
     require_whole,
 )
 from unicl.data.image_sets.images import TarImages
+from unicl.data.prompts import TEMPLATES
 from unicl.data.shard_index import DATASET_FILE
 from unicl.data.shards import SampleError, ShardSet
 from unicl.errors import UsageError
+
+# As recipes have it unless they say otherwise: what is evaluated here was mostly trained so.
+_SHORT_TEXT_WORDS = 2
 
 
 def prepared_parts(folder: Path) -> dict[str, Path] | None:
@@ -73,7 +76,8 @@ def _classes(
         images=TarImages(shards, np.array(rows, np.int64)),
         skipped=dict(skipped),
         class_names=tuple(texts),
-        templates=DEFAULT_TEMPLATES,
+        templates=TEMPLATES["simple"],
+        short_text_words=_SHORT_TEXT_WORDS,
         targets=np.array(targets, np.int64),
         metric="top1",
     )
