@@ -9,15 +9,19 @@ from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unicl.data.loader import Batch, Tokenize
 from unicl.distributed import Ranks
 from unicl.errors import UniclError
 
-# Two similarities that differ by less than rounding are a tie.
-TIE = 1e-6
+# Similarities that differ by less may owe their order to fp32's rounding.
+_NEAR = 1e-6
+# Equal embeddings need not give equal sums to the last bit of fp64.
+_EQUAL = 1e-12
+# So many near ones are no coincidence: the model embeds them alike.
+_MOST_NEAR = 64
 
 # Texts are sorted by length inside blocks of this many batches: long enough that every batch holds
 # texts of one length (the text tower trims a batch to its longest), short enough to stay in memory.
@@ -207,6 +211,42 @@ def embed_texts(
     embeddings = torch.cat(embedded)
     _require_finite(embeddings, texts, "text")
     return embeddings
+
+
+def count_before(
+    similarities: Float[Tensor, "num_queries num_listed"],
+    right: Bool[Tensor, "num_queries num_listed"],
+    queries: Float[Tensor, "num_queries dim"],
+    items: Float[Tensor, "num_items dim"],
+    listed: Int[Tensor, "num_queries num_listed"],
+    spared: Bool[Tensor, "num_queries num_listed"] | None = None,
+) -> Int[Tensor, " num_queries"]:
+    """How many wrong items are at least as similar to each query as its most similar right one.
+
+    Exact, as in fp64: what fp32 cannot tell apart is computed again. A tie counts against the
+    right item, so that a model that embeds everything alike scores zero, not by luck.
+
+    Args:
+        similarities: in fp32, of the items that are listed for each query.
+        right: which of them are right; each query must have one.
+        queries: unit-length embeddings of what is asked.
+        items: unit-length embeddings of what is searched.
+        listed: number of each listed item.
+        spared: wrong items that do not count.
+    """
+    counts = ~right if spared is None else ~(right | spared)
+    best = similarities.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    near = (similarities - best).abs() < _NEAR
+    exact = similarities.double()
+    margin = torch.full((len(similarities), 1), _EQUAL, dtype=torch.float64)
+    for row in (near & counts).any(dim=1).nonzero()[:, 0].tolist():
+        columns = near[row].nonzero()[:, 0]
+        if len(columns) > _MOST_NEAR:
+            margin[row] = _NEAR
+        else:
+            exact[row, columns] = items[listed[row, columns]].double() @ queries[row].double()
+    best = exact.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return (counts & (exact >= best - margin)).sum(dim=1)
 
 
 def device_of(model: TwoTowers) -> torch.device:

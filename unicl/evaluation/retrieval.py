@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl.data.hash_table import text_label
 from unicl.data.loader import Tokenize
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import (
-    TIE,
     Embedded,
     Samples,
     TwoTowers,
+    count_before,
     embed_images,
     embed_texts,
 )
@@ -199,23 +198,22 @@ def recall(
             queries[block].numpy(), searched, depth, metric=faiss.METRIC_INNER_PRODUCT
         )
         right = np.isin(block.numpy()[:, None] * len(items) + best, codes)
-        ranks.append(_ranks(similarities, right, all_seen=depth == len(items)))
-    found = np.concatenate(ranks)
-    return {k: float((found < k).mean()) for k in ks}
-
-
-def _ranks(
-    similarities: NDArray[np.float32], right: NDArray[np.bool_], *, all_seen: bool
-) -> NDArray[np.int64]:
-    """How many wrong items are at least as similar as the best right one, row by row."""
-    depth = right.shape[1]
-    best_right = np.where(right, similarities, -np.inf).max(axis=1, keepdims=True)
-    ranks = (~right & (similarities >= best_right - TIE)).sum(axis=1)
-    missed = ~right.any(axis=1)
-    if not all_seen:
-        # The tie goes on past the end of the list: nobody knows how many wrong items it holds.
-        missed |= best_right[:, 0] - TIE <= similarities[:, -1]
-    return np.where(missed, depth, ranks)
+        seen = right.any(axis=1)
+        if depth < len(items):
+            # A tie that goes on past the end of the list: nobody knows how many wrong items it has.
+            last_right = np.where(right, similarities, -np.inf).max(axis=1)
+            seen &= last_right > similarities[:, -1]
+        found = torch.from_numpy(seen)
+        before = torch.full((len(block),), depth)
+        before[found] = count_before(
+            torch.from_numpy(similarities[seen]),
+            torch.from_numpy(right[seen]),
+            queries[block[found]],
+            items,
+            torch.from_numpy(best[seen]),
+        )
+        ranks.append(before)
+    return {k: (torch.cat(ranks) < k).double().mean().item() for k in ks}
 
 
 def flat_index(embeddings: Float[Tensor, "num_items dim"]) -> Any:

@@ -13,10 +13,10 @@ from unicl.data.loader import Tokenize
 from unicl.data.prompts import fill
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import (
-    TIE,
     Embedded,
     Samples,
     TwoTowers,
+    count_before,
     embed_images,
     embed_texts,
 )
@@ -265,17 +265,19 @@ def rank_classes(
         twins: for each class the first one of the same name, where names repeat (ImageNet's do):
             nobody could tell them apart, so the first is the answer, as everywhere else.
     """
+    if twins is not None:
+        classifier = classifier[twins]  # alike to the last bit
     parts = []
     for chunk, truth in zip(
         images.split(_IMAGES_AT_ONCE), classes.split(_IMAGES_AT_ONCE), strict=True
     ):
         scores = chunk @ classifier.T
-        right = scores.gather(1, truth[:, None])
-        before = scores >= right - TIE
+        listed = torch.arange(len(classifier)).expand_as(scores)
+        spared = None
         if twins is not None:
-            later = torch.arange(len(classifier)) > truth[:, None]
-            before &= ~((twins == twins[truth][:, None]) & later)
-        ranks = before.sum(dim=1) - 1
+            spared = (twins == twins[truth][:, None]) & (listed > truth[:, None])
+        right = listed == truth[:, None]
+        ranks = count_before(scores, right, chunk, classifier, listed, spared)
         guesses = scores.topk(min(num_guesses, len(classifier)), dim=1)
         total = (scale * scores).logsumexp(dim=1, keepdim=True)
         parts.append((guesses.indices, (scale * guesses.values - total).exp(), ranks))

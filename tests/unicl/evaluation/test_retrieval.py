@@ -171,3 +171,19 @@ import faiss
 assert faiss.omp_get_max_threads() == 1
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def test_near_ties_are_settled_as_in_fp64() -> None:
+    """Items that differ by less than fp32's rounding, on either side of the right one."""
+    generator = torch.Generator().manual_seed(0)
+    queries = normalize(torch.randn(200, 512, generator=generator), dim=1)
+    nudges = 3e-8 * torch.randn(200, 512, generator=generator)
+    items = torch.cat([queries, normalize(queries + nudges, dim=1)])
+    pairs = torch.stack([torch.arange(200), torch.arange(200)], dim=1)
+    exact = queries.double() @ items.double().T
+    best = exact.diagonal()[:, None]
+    before = (exact >= best).sum(dim=1) - 1
+    expected = {k: (before < k).double().mean().item() for k in KS}
+    assert recall(queries, items, pairs, KS) == expected
+    fp32 = (queries @ items.T >= (queries @ items.T).diagonal()[:, None]).sum(dim=1) - 1
+    assert (fp32 != before).any()
