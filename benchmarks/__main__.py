@@ -17,8 +17,8 @@ from benchmarks.record import RESULTS, Result, save, show
 from benchmarks.table import write_table
 from unicl.errors import UniclError, UsageError
 
-# Only when asked for: what takes as long as all the others, and what needs a machine of its own.
-_NOT_IN_ALL = ("search", "demo", "gpu")
+# Only when asked for: what takes many minutes, or a machine of its own.
+_NOT_IN_ALL = ("zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,13 +21,14 @@ def measure(*, quick: bool) -> Result:
     All classes with a narrow tower, and a part of them with CLIP's own, which would take the peer
     most of an hour on two cores; each class costs the same.
     """
-    cases = {
-        "1,000 classes, width 64": (10 if quick else 1000, 64, 1 if quick else 12),
-        "20 classes, width 512": (2 if quick else 20, 512, 1 if quick else 12),
+    num_layers = 1 if quick else 12
+    cases = {  # classes, width, rounds
+        "1,000 classes, width 64": (10 if quick else 1000, 64, 1),
+        "20 classes, width 512": (2 if quick else 20, 512, 1 if quick else 3),
     }
     rows, gains, facts = [], {}, {}
-    for name, (num_classes, width, num_layers) in cases.items():
-        timings, difference = _measure(num_classes, width, num_layers, 1 if quick else 3)
+    for name, (num_classes, width, rounds) in cases.items():
+        timings, difference = _measure(num_classes, width, num_layers, rounds)
         gains[name] = ratio(timings["open_clip"], timings["unicl"])
         facts[f"largest difference, {name}"] = difference
         prompts = num_classes * len(TEMPLATES["clip"])

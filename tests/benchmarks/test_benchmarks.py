@@ -108,6 +108,14 @@ def test_search(tmp_path):
     assert [bar["limit"] for bar in record["bars"]] == [0.95, 10, None, 300]
 
 
+def test_zero_shot(tmp_path):
+    record = run_quick("zero_shot", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [5.0, 5.0]
+    differences = [value for key, value in record["facts"].items() if "difference" in key]
+    assert len(differences) == 2
+    assert max(differences) < 1e-6
+
+
 def test_linear_probe(tmp_path):
     record = run_quick("linear_probe", tmp_path)
     assert [bar["limit"] for bar in record["bars"]] == [10.0, 0.2, 1.0]
