@@ -77,6 +77,8 @@ class Options:
     """Processes that read and decode images."""
     templates: str | None = None
     """Name of a prompt ensemble; unset takes each set's own."""
+    probe: Path | None = None
+    """Linear probe: a saved one to test; unset fits one on the set's train part."""
     shots: tuple[int, ...] = (5, 20, 50)
     """Few-shot: images to learn from per class."""
     num_episodes: int = 600
@@ -257,7 +259,7 @@ def _open(task: str, name: str, options: Options) -> _Parts:
         )
 
     test = part(options.split)
-    if task != "linear-probe":
+    if task != "linear-probe" or options.probe is not None:
         return _Parts(test)
     if "train" not in test.splits:
         has = f"only {', '.join(test.splits)}" if test.splits else "no parts"
@@ -287,6 +289,9 @@ def _run(
         templates = None if options.templates is None else TEMPLATES[options.templates]
         result, answers = protocols.zero_shot(model, test, setting, templates=templates)
         return result, partial(save_answers, answers, test) if answers else _nothing
+    if options.probe is not None:
+        probe = LinearProbe.load(options.probe)
+        return protocols.ask_probe(probe, model, test, setting), _nothing
     assert parts.train is not None
     result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
     return result, partial(_save_probe, found.probe)

@@ -4,7 +4,7 @@ import functools
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,18 @@ class Predictor:
         """
         return self._image_embeddings(images).numpy()
 
+    def image_features(self, images: Images) -> Float[np.ndarray, "num_images width"]:
+        """What the embeddings of images are projected from: the input of a linear probe.
+
+        Example: `LinearProbe.load(path).predict(torch.from_numpy(predictor.image_features(paths)))`
+        gives class numbers.
+
+        Raises:
+            UsageError: there are no images, a file is missing, or an array is no image.
+            UniclError: a file cannot be decoded.
+        """
+        return self._encode(images, lambda pixels: self.model.encode_image_twice(pixels)[1]).numpy()
+
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "num_texts dim"]:
         """Unit-length embeddings of texts, as they are: no template is added.
 
@@ -159,6 +171,9 @@ class Predictor:
         )
 
     def _image_embeddings(self, images: Images) -> Float[Tensor, "num_images dim"]:
+        return self._encode(images, self.model.encode_image)
+
+    def _encode(self, images: Images, encode: Callable[[Tensor], Tensor]) -> Tensor:
         images = _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
         device = device_of(self.model)
         embeddings = []
@@ -168,8 +183,7 @@ class Predictor:
                     self._pixels(image, number)
                     for number, image in enumerate(images[start : start + self.batch_size], start)
                 ]
-                embedded = self.model.encode_image(torch.stack(pixels).to(device))
-                embeddings.append(embedded.float().cpu())
+                embeddings.append(encode(torch.stack(pixels).to(device)).float().cpu())
         return torch.cat(embeddings)
 
     def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "3 size size"]:

@@ -11,6 +11,7 @@ from tests.unicl.corpus import small_recipe, write_corpus
 from unicl.build import train
 from unicl.cli import main
 from unicl.config import parse_recipe
+from unicl.data.augment import open_image
 from unicl.data.image_sets import open_image_set
 from unicl.evaluation.answers import load_answers
 from unicl.evaluation.linear_probe import LinearProbe
@@ -61,9 +62,18 @@ def test_every_protocol_leaves_a_result(capsys: pytest.CaptureFixture[str]) -> N
     assert answers is not None
     assert answers.confusion is not None
     assert answers.confusion.sum() == 18
-    probe = LinearProbe.load(Path("run/evaluation/linear_probe_digits.safetensors"))
+    path = "run/evaluation/linear_probe_digits.safetensors"
+    probe = LinearProbe.load(Path(path))
     assert probe.names is not None
     assert probe.names[3] == "three"
+    run("eval", "run", "linear-probe", "digits", "--probe", path, "--out", "again")
+    (again,) = read_results(Path("again"))
+    assert again.metrics == results["linear_probe", "digits"].metrics
+    opened = open_image_set("digits", split="test", root=Path())
+    images = [np.asarray(open_image(opened.read(row).image)) for row in range(50)]
+    features = Predictor.load("run", device="cpu").image_features(images)
+    named = probe.predict(torch.from_numpy(features)) == torch.from_numpy(opened.targets[:50])
+    assert named.float().mean() > 0.5
     assert Path("all.csv").read_text().startswith("dataset,model,pretrained,task,")
 
 

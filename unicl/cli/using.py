@@ -48,6 +48,9 @@ def _add_eval(commands: Any) -> None:
     )
     command.add_argument("--templates", metavar="NAME", help="another prompt ensemble: none, ...")
     command.add_argument(
+        "--probe", type=Path, metavar="FILE", help="linear-probe: test a saved one, fit none"
+    )
+    command.add_argument(
         "--shots", default="5,20,50", metavar="N,N", help="few-shot: images per class"
     )
     command.add_argument(
@@ -192,6 +195,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         batch_size=arguments.batch_size,
         num_workers=arguments.workers,
         templates=getattr(arguments, "templates", None),
+        probe=getattr(arguments, "probe", None),
         shots=_numbers("--shots", getattr(arguments, "shots", "5")),
         num_episodes=getattr(arguments, "episodes", 600),
     )
