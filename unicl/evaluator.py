@@ -164,33 +164,17 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
         table.add_column(name or results[0].model, justify="right", overflow="fold")
     for result in results:
         beside = {p.model: p for p in published(result.task, result.dataset)}
-        for metric in _shown(result):
-            low, high = _interval(result, metric)
+        for metric in result.shown:
+            interval = result.interval_of(metric)
             table.add_row(
                 result.dataset,
                 metric,
                 f"{result.num_images:,}",
                 f"{result.metrics[metric]:.1%}",
-                "" if low is None else f"{low:.1%} to {high:.1%}",
+                "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
                 *(_beside(beside.get(peer), result.dataset, metric) for peer in peers),
             )
     Console().print(table)
-
-
-def _shown(result: Result) -> list[str]:
-    """Return the metrics of a table's rows: the headline, and what belongs beside it."""
-    if result.task in ("retrieval", "few_shot"):
-        return list(result.metrics)
-    return [result.headline, *(["top5"] if result.headline == "top1" else [])]
-
-
-def _interval(result: Result, metric: str) -> tuple[float | None, float | None]:
-    intervals = result.protocol.get("intervals", {})
-    if metric in intervals:
-        return tuple(intervals[metric])
-    if metric == result.headline and result.interval is not None:
-        return result.interval
-    return None, None
 
 
 def _beside(peer: Published | None, dataset: str, metric: str) -> str:

@@ -16,6 +16,7 @@ from unicl.data.atomic import atomic_file
 from unicl.data.augment import UndecodableImage, open_image
 from unicl.data.image_sets import ImageSet
 from unicl.data.shards import SampleError
+from unicl.errors import UniclError
 from unicl.evaluation.protocols import Answers
 
 _SUFFIX = ".answers"
@@ -72,15 +73,26 @@ def save_answers(answers: Answers, images: ImageSet, stem: Path) -> None:
 
 
 def load_answers(stem: Path) -> SavedAnswers | None:
-    """Read what lies beside a result; None where nothing does."""
-    try:
-        fields: Mapping[str, Any] = json.loads(_path(stem).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Read what lies beside a result; None where nothing does.
+
+    Raises:
+        UniclError: the file is damaged.
+    """
+    path = _path(stem)
+    if not path.is_file():
         return None
+    try:
+        return _answers(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UniclError(f"{path} is damaged; delete it, or evaluate anew") from error
+
+
+def _answers(fields: Mapping[str, Any]) -> SavedAnswers:
     counts = fields["confusion"]
+    num_classes = len(fields["class_names"])
     return SavedAnswers(
         tuple(fields["class_names"]),
-        None if counts is None else np.array(counts, np.int64),
+        None if counts is None else np.array(counts, np.int64).reshape(num_classes, num_classes),
         tuple(
             SavedExample(
                 base64.b64decode(example["image"]),

@@ -34,6 +34,40 @@ _RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 _RETRIEVAL = "cosine similarity; Karpathy's test splits, 1,000 images of Flickr30k, 5,000 of COCO"
 
 
+NUM_TRAIN_IMAGES = {
+    "food101": 75_750,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "sun397": 19_850,
+    "cars": 8_144,
+    "aircraft": 6_667,
+    "voc2007": 5_011,
+    "dtd": 3_760,
+    "pets": 3_680,
+    "caltech101": 3_060,
+    "flowers": 2_040,
+    "imagenet": 1_281_167,
+}
+"""Images that the papers' probes are fitted on, by set (CLIP, table 9)."""
+NUM_TEST_IMAGES = {
+    "food101": 25_250,
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+    "sun397": 19_850,
+    "cars": 8_041,
+    "aircraft": 3_333,
+    "voc2007": 4_952,
+    "dtd": 1_880,
+    "pets": 3_669,
+    "caltech101": 6_085,
+    "flowers": 6_149,
+    "imagenet": 50_000,
+    "flickr30k": 1_000,
+    "coco": 5_000,
+}
+"""Images that the papers' figures are of, by set (CLIP, table 9; Florence, section 3.5)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """What one paper reports of one model for one task."""

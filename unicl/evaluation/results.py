@@ -53,6 +53,29 @@ class Result:
     seconds: float = 0.0
     """How long it took, with what was embedded for it."""
 
+    @property
+    def shown(self) -> list[str]:
+        """Names of the metrics of a table's rows: the headline, and what belongs beside it."""
+        if self.task in ("zero_shot", "linear_probe", "fine_tune"):
+            beside = ["top5"] if self.headline == "top1" and "top5" in self.metrics else []
+            return [self.headline, *beside]
+        return list(self.metrics)
+
+    def interval_of(self, metric: str) -> tuple[float, float] | None:
+        """Return the 95% confidence interval of a metric, where it is known."""
+        if metric in (intervals := self.protocol.get("intervals", {})):
+            low, high = intervals[metric]
+            return low, high
+        return self.interval if metric == self.headline else None
+
+    def chance(self, metric: str) -> float | None:
+        """Return what guessing blindly reaches, where it is known."""
+        guesses = {"top1": 1, "mean_per_class": 1, "top5": 5}.get(metric)
+        num_classes = self.protocol.get("num_classes")
+        if guesses is None or not num_classes:
+            return None
+        return min(guesses, num_classes) / num_classes
+
     def to_json(self) -> dict[str, Any]:
         """Return CLIP_benchmark's fields, and ours beside them."""
         model, _, pretrained = self.model.removeprefix("open_clip:").partition("/")
@@ -83,6 +106,9 @@ class Result:
         """Return what `to_json` was made of."""
         own = dict(fields["unicl"])
         interval = own.pop("interval")
+        own["metrics"] = {name: float(value) for name, value in own["metrics"].items()}
+        if own["headline"] not in own["metrics"]:
+            raise ValueError(f"there is no metric {own['headline']}")
         return cls(
             dataset=fields["dataset"], interval=None if interval is None else tuple(interval), **own
         )
@@ -109,13 +135,19 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         UniclError: a file is none.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            results.append(Result.from_json(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UniclError(f"{path} is no result of `unicl eval`; move it away") from error
-    return results
+    return [read_result(path) for path in sorted(folder.glob("*.json"))]
+
+
+def read_result(path: Path) -> Result:
+    """Read one result.
+
+    Raises:
+        UniclError: the file is none.
+    """
+    try:
+        return Result.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UniclError(f"{path} is no result of `unicl eval`; move it away") from error
 
 
 def to_csv(results: Iterable[Result]) -> str:
