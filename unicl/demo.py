@@ -3,8 +3,8 @@
 import logging
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,18 +18,13 @@ from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import ShardSet
 from unicl.data.twemoji import HELD_OUT_KINDS
 from unicl.engine.metrics import read_metrics
+from unicl.evaluation.answers import SavedAnswers, SavedExample
 from unicl.evaluation.embeddings import embed_images
-from unicl.evaluation.report import (
-    FoundImage,
-    Outcome,
-    Prediction,
-    Report,
-    Split,
-    TextQuery,
-    write_report,
-)
+from unicl.evaluation.metrics import wilson_interval
+from unicl.evaluation.report import FoundImage, Report, Run, TextQuery, write_report
+from unicl.evaluation.results import Result
 from unicl.evaluation.zero_shot import ZeroShotResult
-from unicl.models import load_model, read_recipe
+from unicl.models import load_model
 from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
@@ -45,6 +40,7 @@ _QUERIES = (
     "an animal that lives in the sea",
 )
 _PICTURES = 12
+_ALL = "All held-out images"
 
 
 def run_demo(
@@ -72,19 +68,19 @@ def run_demo(
     run = train(recipe, folder / "unicl")
     examiner = build_held_out(recipe)
     model, _ = load_model(run.path)
-    outcome, pictures = _examine(model, run.path, examiner, "UniCL")
-    comparison = None
+    ours, queries = _examine(model, run.path, recipe, examiner, "UniCL")
+    runs = [ours]
     if compare_clip:
         clip = load_recipe(
             "demo", {**_data_keys(data), **(overrides or {}), "loss.targets": "clip"}
         )
         peer = train(clip, folder / "clip").path
-        comparison, _ = _examine(load_model(peer)[0], peer, examiner, "CLIP targets")
+        runs.append(_examine(load_model(peer)[0], peer, clip, examiner, "CLIP targets")[0])
     path = folder / "report.html"
     minutes = (time.perf_counter() - start) / 60
     facts = {**_sizes(model), "Whole job": f"{minutes:.1f} minutes", **_machine()}
-    write_report(path, _report(recipe, outcome, comparison, pictures, facts))
-    _print_summary(outcome, comparison)
+    write_report(path, _report(recipe, runs, queries, facts))
+    _print_summary(runs)
     logger.info("%.1f minutes; open %s in a browser", minutes, path)
     return path
 
@@ -98,29 +94,35 @@ def _data_keys(data: Path) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    right: list[Prediction]
-    wrong: list[Prediction]
-    queries: list[TextQuery]
-
-
-def _examine(model: TwoTower, run: Path, examiner: HeldOut, name: str) -> tuple[Outcome, _Pictures]:
+def _examine(
+    model: TwoTower, path: Path, recipe: Recipe, examiner: HeldOut, name: str
+) -> tuple[Run, list[TextQuery]]:
     """Evaluate a run's model and choose the pictures for the report."""
     embedded = embed_images(model, examiner.loader)
-    result = examiner.zero_shot.predict(model, embedded)
-    splits = [_split("All held-out images", result)]
-    splits += [
-        _split(words, result.where(partial(_has_prefix, prefix=prefix)))
+    named = examiner.zero_shot.predict(model, embedded)
+    kinds = {
+        words: named.where(partial(_has_prefix, prefix=prefix))
         for prefix, words in HELD_OUT_KINDS.items()
-    ]
-    outcome = Outcome(
+    }
+    recalls = examiner.retrieval(model, embedded)
+    images = _images_by_key(Path(recipe.evaluation.data or ""))
+    result = partial(Result, model=name, protocol={"image_size": recipe.image_tower.image_size})
+    run = Run(
         name=name,
-        metrics=read_metrics(run / "metrics.jsonl"),
-        splits=splits,
-        retrieval=examiner.retrieval(model, embedded),
+        results=[
+            *(_zero_shot(result, words, each) for words, each in {_ALL: named, **kinds}.items()),
+            result(
+                task="retrieval",
+                dataset=_ALL,
+                metrics={key.removeprefix("retrieval/"): value for key, value in recalls.items()},
+                headline="t2i_r1",
+                num_images=len(named.keys),
+            ),
+        ],
+        answers={_ALL: SavedAnswers((), None, _examples(named, images))},
+        metrics=read_metrics(path / "metrics.jsonl"),
+        settings=asdict(recipe),
     )
-    images = _images_by_key(Path(read_recipe(run).evaluation.data or ""))
     hits = examiner.retrieval.search(model, _QUERIES, 5, embedded)
     queries = [
         TextQuery(
@@ -129,39 +131,37 @@ def _examine(model: TwoTower, run: Path, examiner: HeldOut, name: str) -> tuple[
         )
         for query, row in zip(_QUERIES, hits, strict=True)
     ]
-    return outcome, _Pictures(
-        right=_predictions(result, images, right=True),
-        wrong=_predictions(result, images, right=False),
-        queries=queries,
-    )
+    return run, queries
 
 
 def _has_prefix(key: str, *, prefix: str) -> bool:
     return key.startswith(prefix)
 
 
-def _split(name: str, result: ZeroShotResult) -> Split:
-    return Split(
-        name=name,
-        top1=result.top(1),
-        top5=result.top(5),
-        num_images=len(result.keys),
-        num_classes=result.num_classes,
+def _zero_shot(result: "partial[Result]", dataset: str, named: ZeroShotResult) -> Result:
+    shown = result(
+        task="zero_shot",
+        dataset=dataset,
+        metrics={"top1": named.top(1), "top5": named.top(5)},
+        headline="top1",
+        interval=wilson_interval(named.top(1), len(named.keys)),
+        num_images=len(named.keys),
     )
+    return replace(shown, protocol={**shown.protocol, "num_classes": named.num_classes})
 
 
-def _predictions(
-    result: ZeroShotResult, images: Mapping[str, bytes], *, right: bool
-) -> list[Prediction]:
-    """Choose predictions spread evenly over the set, so that nobody picks the pretty ones."""
-    return [
-        Prediction(
-            image=images[result.keys[row]],
-            truth=result.truths[row],
-            guesses=list(zip(result.guesses[row], result.probabilities[row].tolist(), strict=True)),
+def _examples(named: ZeroShotResult, images: Mapping[str, bytes]) -> tuple[SavedExample, ...]:
+    """Choose images spread evenly over the set, so that nobody picks the pretty ones."""
+    return tuple(
+        SavedExample(
+            image=images[named.keys[row]],
+            truth=named.truths[row],
+            guesses=tuple(zip(named.guesses[row], named.probabilities[row].tolist(), strict=True)),
+            right=right,
         )
-        for row in result.rows(right=right, count=_PICTURES)
-    ]
+        for right in (True, False)
+        for row in named.rows(right=right, count=_PICTURES)
+    )
 
 
 def _images_by_key(folder: Path) -> dict[str, bytes]:
@@ -171,11 +171,7 @@ def _images_by_key(folder: Path) -> dict[str, bytes]:
 
 
 def _report(
-    recipe: Recipe,
-    outcome: Outcome,
-    comparison: Outcome | None,
-    pictures: _Pictures,
-    facts: Mapping[str, str],
+    recipe: Recipe, runs: Sequence[Run], queries: Sequence[TextQuery], facts: Mapping[str, str]
 ) -> Report:
     info = ShardSet.open(Path(recipe.data.train)).info
     samples = recipe.trainer.steps * recipe.trainer.batch_size
@@ -187,13 +183,9 @@ def _report(
             "loss. The images below are held out: unseen compositions of known emoji, and skin "
             "tones the model has never met."
         ),
-        run=outcome,
-        comparison=comparison,
-        right=pictures.right,
-        wrong=pictures.wrong,
-        queries=pictures.queries,
+        runs=runs,
+        queries=queries,
         facts=facts,
-        settings=asdict(recipe),
         credits=[str(info["credit"])],
     )
 
@@ -211,16 +203,17 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _print_summary(outcome: Outcome, comparison: Outcome | None) -> None:
-    outcomes = [outcome, *([comparison] if comparison else [])]
+def _print_summary(runs: Sequence[Run]) -> None:
     table = Table(title="Held-out images against all names", title_justify="left")
     table.add_column("", no_wrap=True)
     table.add_column("images", justify="right")
-    for each in outcomes:
-        table.add_column(f"{each.name} top-1", justify="right")
+    for run in runs:
+        table.add_column(f"{run.name} top-1", justify="right")
         table.add_column("top-5", justify="right")
-    for row, split in enumerate(outcome.splits):
-        figures = [each.splits[row] for each in outcomes]
-        cells = [f"{value:.1%}" for s in figures for value in (s.top1, s.top5)]
-        table.add_row(split.name, f"{split.num_images:,}", *cells)
+    for first in runs[0].results:
+        results = [run.result("zero_shot", first.dataset) for run in runs]
+        if first.task == "zero_shot":
+            figures = [r.metrics[metric] for r in results if r for metric in ("top1", "top5")]
+            cells = [f"{value:.1%}" for value in figures]
+            table.add_row(first.dataset, f"{first.num_images:,}", *cells)
     Console(stderr=True).print(table)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicl.errors import UniclError
+from unicl.evaluation.page import RUN_COLOURS
 
 Rows = Sequence[Mapping[str, Any]]
 """Rows of a `metrics.jsonl`: a step and metrics by name."""
@@ -22,10 +23,11 @@ _MOST_POINTS = 400
 _COLOURS = {
     "#000001": "var(--ink)",
     "#000002": "var(--line)",
-    "#000003": "var(--first)",
-    "#000004": "var(--second)",
+    **{f"#00001{n}": f"var(--{name})" for n, name in enumerate(RUN_COLOURS)},
 }
-_INK, _LINE, _FIRST, _SECOND = _COLOURS
+_INK, _LINE, *_OF_RUNS = _COLOURS
+# Of a run's metrics; more runs than colours take the colours anew with the second pair.
+_DASHES = (("-", "--"), (":", "-."))
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -107,8 +109,24 @@ def draw(panel: Panel, runs: Mapping[str, Rows]) -> str | None:
 
     Args:
         panel: what to draw.
-        runs: rows by the name of the run; the first is the main one, the second the comparison.
+        runs: rows by the name of the run, in the order of their colours.
+
+    Raises:
+        UniclError: matplotlib is missing.
     """
+    curves = [
+        (
+            _OF_RUNS[run % len(_OF_RUNS)],
+            _DASHES[run // len(_OF_RUNS) % 2][number],
+            _label(name, called, panel, runs),
+            curve,
+        )
+        for run, (name, rows) in enumerate(runs.items())
+        for number, (metric, called) in enumerate(panel.metrics.items())
+        if len((curve := Curve.of(rows, metric)).steps)
+    ]
+    if not curves:
+        return None
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -118,14 +136,6 @@ def draw(panel: Panel, runs: Mapping[str, Rows]) -> str | None:
         raise UniclError(
             "the report's curves need matplotlib: pip install 'unicl[demo]'"
         ) from error
-    curves = [
-        (colour, "-" if number == 0 else "--", _label(name, called, panel, runs), curve)
-        for (name, rows), colour in zip(runs.items(), (_FIRST, _SECOND), strict=False)
-        for number, (metric, called) in enumerate(panel.metrics.items())
-        if len((curve := Curve.of(rows, metric)).steps)
-    ]
-    if not curves:
-        return None
     with rc_context({**_STYLE, "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
@@ -145,7 +155,7 @@ def draw(panel: Panel, runs: Mapping[str, Rows]) -> str | None:
         elif panel.from_zero:
             axes.set_ylim(bottom=0)
         if len(curves) > 1:
-            axes.legend(loc="best", fontsize=9)
+            axes.legend(loc="best", fontsize=9 if len(curves) < 5 else 7)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     return _inline(target.getvalue(), panel.title)

@@ -1,7 +1,9 @@
 """The parts an HTML page is made of: escaping, tables, embedded images, one style sheet."""
 
 import base64
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -10,11 +12,16 @@ from PIL import Image
 from unicl.data.augment import UndecodableImage, open_image
 from unicl.errors import UniclError
 
+RUN_COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
+"""The style sheet's names for the colours of several runs."""
+
 STYLE = """
 :root { --paper: #ffffff; --ink: #1d2329; --soft: #5c6670; --line: #dfe3e8; --panel: #f6f7f9;
-  --first: #1f6feb; --second: #d9730d; --right: #1a7f37; color-scheme: light dark; }
+  --first: #1f6feb; --second: #d9730d; --third: #8250df; --fourth: #0a8f8f;
+  --fifth: #bf3989; --sixth: #7d6b1a; --right: #1a7f37; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #98a2ad;
-  --line: #323a43; --panel: #1c2229; --first: #6ea8fe; --second: #f0a35e; --right: #56c271; } }
+  --line: #323a43; --panel: #1c2229; --first: #6ea8fe; --second: #f0a35e; --third: #b794f6;
+  --fourth: #4fc4c4; --fifth: #f283bd; --sixth: #cdb75a; --right: #56c271; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 28px; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -22,7 +29,7 @@ h1 { margin: 0 0 6px; font-size: 30px; line-height: 1.2; letter-spacing: -0.01em
 h2 { margin: 52px 0 4px; font-size: 21px; }
 h3 { margin: 24px 0 10px; font-size: 16px; }
 p { margin: 0 0 14px; max-width: 76ch; }
-.soft, figcaption, th small { color: var(--soft); }
+.soft, figcaption, small, cite { color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px;
   margin: 26px 0 0; }
 .figures > div { background: var(--panel); border-radius: 10px; padding: 16px 18px; }
@@ -34,21 +41,32 @@ p { margin: 0 0 14px; max-width: 76ch; }
 table { border-collapse: collapse; margin: 12px 0 6px; font-size: 15px;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 18px 7px 0; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: bottom; }
-th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-.second { color: var(--second); }
-th[colspan] { border-bottom: 0; padding-bottom: 0; text-align: right; }
-.runs th, .runs th:first-child { font-weight: 500; font-size: 14px; text-align: right;
-  padding-top: 2px; }
-tbody td:first-child { white-space: nowrap; }
+  vertical-align: top; }
+th { font-weight: 600; vertical-align: bottom; }
+.words { text-align: left; min-width: 9em; }
+td small, th small { display: block; font-size: 12.5px; font-weight: 400; line-height: 1.3;
+  white-space: nowrap; }
+.dot { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 50%; }
+.notes p { margin-bottom: 6px; font-size: 15px; }
+.notes ul { margin: 0 0 8px; padding-left: 20px; font-size: 15px; }
+.notes + details table { font-size: 14px; }
+.map { margin-bottom: 18px; }
+cite { font-style: normal; }
+table.map { font-size: 12.5px; }
+.map td { padding: 0; border: 1px solid var(--line); width: 34px; min-width: 26px; height: 26px;
+  text-align: center; vertical-align: middle; }
+.map th { padding: 2px 8px 2px 0; border: 0; font-weight: 400; text-align: left;
+  vertical-align: middle; white-space: nowrap; }
+.map thead th { padding: 0 0 6px; vertical-align: bottom; text-align: center; }
+.map th span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr));
   gap: 20px 28px;  margin-top: 14px; }
 figure { margin: 0; }
 .curves figcaption { font-weight: 600; color: var(--ink); font-size: 15px; margin-bottom: 2px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
+.cards { display: grid; gap: 12px;
+  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
 .card { display: flex; gap: 14px; border: 1px solid var(--line); border-radius: 10px;
   padding: 12px; }
 .card > img { width: 84px; height: 84px; flex: none; }
@@ -76,14 +94,17 @@ img { object-fit: contain; border-radius: 6px; background: var(--panel); }
 .hits .right figcaption { color: var(--right); }
 details { margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; }
-table.pairs td { text-align: left; padding: 5px 24px 5px 0; vertical-align: top; }
+table.pairs td { padding: 5px 24px 5px 0; }
 table.pairs td:first-child { color: var(--soft); }
-details td + td { overflow-wrap: anywhere;
+.code td + td { overflow-wrap: anywhere;
   font-family: ui-monospace, SFMono-Regular, Menlo, monospace; font-size: 13px; }
 footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 13.5px;
   color: var(--soft); }
 footer p { margin-bottom: 4px; max-width: none; }
-@media (max-width: 640px) { .query, .curves { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 640px) { body { padding: 24px 16px 20px; }
+  th, td { padding-right: 10px; font-size: 14px; } td small { font-size: 11.5px; }
+  .words { min-width: 6.5em; overflow-wrap: anywhere; } .words small { white-space: normal; }
+  .query, .curves { grid-template-columns: minmax(0, 1fr); } }
 """
 
 
@@ -115,39 +136,68 @@ def picture(image: bytes, description: str) -> str:
     return f'<img src="data:{kind};base64,{data}" alt="{escape(description)}" loading="lazy">'
 
 
-Cell = str | tuple[str, ...]
-"""One text, or one per run: the first run's, then the comparison's."""
+Cell = str | tuple[str, str]
+"""A text, or a text and what stands below it in small."""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, runs: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class Column:
+    """The head of a column."""
+
+    name: str
+    """What it says."""
+    aside: str = ""
+    """What stands below it in small."""
+    run: int | None = None
+    """Number of the run that it shows: it gets the colour of the run's curves."""
+    words: bool = False
+    """It holds words, which begin at the left; figures end at the right."""
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, style: str = "") -> str:
     """A table of texts.
 
     Args:
-        head: names of the columns.
-        rows: cells, one per column; a tuple has one text per run and makes its column as many.
-        runs: names of the runs, shown below the name of each such column.
+        columns: their heads; where no column has a name there is no head.
+        rows: cells, one per column.
+        style: a class of the style sheet.
     """
-    split = [isinstance(cell, tuple) and len(cell) > 1 for cell in rows[0]]
-    names = "".join(
-        f'<th colspan="{len(runs)}">{escape(name)}</th>'
-        if per_run
-        else f'<th rowspan="{2 if any(split) else 1}">{escape(name)}</th>'
-        for name, per_run in zip(head, split, strict=True)
-    )
-    runs_row = "".join(_cells(tuple(runs), "th") for per_run in split if per_run)
-    lines = [f"<tr>{names}</tr>"]
-    if runs_row:
-        lines.append(f'<tr class="runs">{runs_row}</tr>')
-    lines.append("</thead>\n<tbody>")
-    lines += [f"<tr>{''.join(_cells(cell, 'td') for cell in row)}</tr>" for row in rows]
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table>\n<thead>\n{body}\n</tbody></table></div>'
+    head = ""
+    if any(column.name for column in columns):
+        cells = "".join(
+            f"<th{_words(column)}>{_dot(column.run)}{_cell((column.name, column.aside))}</th>"
+            for column in columns
+        )
+        head = f"<thead><tr>{cells}</tr></thead>\n"
+    lines = []
+    for row in rows:
+        pairs = zip(columns, row, strict=True)
+        filled = "".join(f"<td{_words(column)}>{_cell(cell)}</td>" for column, cell in pairs)
+        lines.append(f"<tr>{filled}</tr>")
+    body = "<tbody>\n{}\n</tbody>".format("\n".join(lines))
+    return f'<div class="scroll"><table class="{style}">\n{head}{body}</table></div>'
 
 
-def _cells(cell: Cell, tag: str) -> str:
-    first, *others = cell if isinstance(cell, tuple) else (cell,)
-    rest = "".join(f'<{tag} class="second">{escape(text)}</{tag}>' for text in others)
-    return f"<{tag}>{escape(first)}</{tag}>{rest}"
+def _words(column: Column) -> str:
+    return ' class="words"' if column.words else ""
+
+
+def _dot(run: int | None) -> str:
+    if run is None:
+        return ""
+    return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
+
+
+def _cell(cell: Cell) -> str:
+    text, aside = (cell, "") if isinstance(cell, str) else cell
+    return f"{escape(text)}<small>{escape(aside)}</small>" if aside else escape(text)
+
+
+def percent(share: float | None) -> str:
+    """A share as a person reads it: 71.3%, and 0.053% where more digits are needed."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    return f"{share:.1%}" if share >= 0.01 or share == 0 else f"{100 * share:.2g}%"
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -49,6 +49,14 @@ def test_runs_are_named_only_where_there_are_two() -> None:
     assert ">UniCL<" not in str(draw(LOSS, {"UniCL": ROWS}))
 
 
+def test_runs_differ_in_colour_or_in_dashes() -> None:
+    svg = str(draw(LOSS, {f"run {number}": ROWS for number in range(9)}))
+    assert len(set(re.findall(r"var\(--(?:first|second|third|fourth|fifth|sixth)\)", svg))) == 6
+    assert all(f">run {number}<" in svg for number in range(9))
+    strokes = re.findall(r"stroke-dasharray: [^;]*; [^\"]*stroke: var\(--first\)", svg)
+    assert strokes
+
+
 def test_names_of_runs_are_escaped() -> None:
     svg = str(draw(LOSS, {"<script>": ROWS, "$x$ & _y_": ROWS}))
     assert "<script" not in svg

@@ -5,21 +5,15 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.page import flatten, picture
-from unicl.evaluation.report import (
-    FoundImage,
-    Outcome,
-    Prediction,
-    Report,
-    Split,
-    TextQuery,
-    render,
-    write_report,
-)
+from unicl.evaluation.answers import SavedAnswers, SavedExample
+from unicl.evaluation.page import flatten, percent, picture
+from unicl.evaluation.report import FoundImage, Report, Run, TextQuery, render, write_report
+from unicl.evaluation.results import Result
 
 EVIL = "<script>alert('1')</script>\"&"
 VOID = {"meta", "img", "path", "use", "br"}
@@ -31,32 +25,60 @@ def encoded(kind: str, colour: str = "red") -> bytes:
     return target.getvalue()
 
 
-def outcome(name: str, top1: float) -> Outcome:
+def zero_shot(model: str, dataset: str, top1: float, *, of: tuple[int, int]) -> Result:
+    return Result(
+        task="zero_shot",
+        dataset=dataset,
+        model=model,
+        metrics={"top1": top1, "top5": 0.9},
+        headline="top1",
+        interval=(top1 - 0.0123, top1 + 0.0123),
+        num_images=of[0],
+        protocol={"num_classes": of[1], "image_size": 48},
+    )
+
+
+def run(name: str, top1: float) -> Run:
     rows: list[dict[str, float]] = [
         {"step": step, "train/loss": 3.0 / step, "train/samples_per_second": 400.0 + step}
         for step in range(1, 4)
     ]
     rows.append({"step": 3, "zero_shot/top1": top1, "zero_shot/top5": 0.9})
-    return Outcome(
+    recalls = Result(
+        task="retrieval",
+        dataset="Tones",
+        model=name,
+        metrics={"i2t_r1": 0.123, "t2i_r5": 0.456},
+        headline="t2i_r5",
+        num_images=1200,
+    )
+    return Run(
         name=name,
         metrics=rows,
-        splits=[
-            Split(name="Tones", top1=top1, top5=0.9, num_images=1200, num_classes=1900),
-            Split(name="Scenes", top1=0.5, top5=0.6, num_images=3, num_classes=4),
+        results=[
+            zero_shot(name, "Scenes", 0.5, of=(3, 4)),
+            zero_shot(name, "Tones", top1, of=(1200, 1900)),
+            recalls,
         ],
-        retrieval={"retrieval/i2t_r1": 0.123, "retrieval/t2i_r5": 0.456},
+        settings={"name": name, "trainer": {"steps": 7, "chunk": None, name: name}},
     )
 
 
 def full(text: str = "grinning face") -> Report:
     image = encoded("PNG")
+    saved = SavedAnswers(
+        (text, "cat"),
+        np.array([[3, 1], [2, 0]]),
+        (
+            SavedExample(image, text, ((text, 0.97), ("dog", 0.002)), right=True),
+            SavedExample(image, "cat", ((text, 0.6), ("cat", 0.3)), right=False),
+        ),
+    )
+    ours = replace(run(f"UniCL {text}", 0.7125), answers={text: saved})
     return Report(
         title=f"Demo {text}",
         summary=text,
-        run=replace(outcome("UniCL", 0.7125), name=f"UniCL {text}"),
-        comparison=replace(outcome("CLIP", 0.611), name=f"CLIP {text}"),
-        right=[Prediction(image=image, truth=text, guesses=[(text, 0.97), ("dog", 0.002)])],
-        wrong=[Prediction(image=image, truth="cat", guesses=[(text, 0.6), ("cat", 0.3)])],
+        runs=[ours, run(f"CLIP {text}", 0.611)],
         queries=[
             TextQuery(
                 text=text,
@@ -67,7 +89,6 @@ def full(text: str = "grinning face") -> Report:
             )
         ],
         facts={text: text},
-        settings={"name": text, "trainer": {"steps": 7, "chunk": None, text: text}},
         credits=[text],
     )
 
@@ -127,31 +148,54 @@ def test_figures_of_both_runs() -> None:
     html = render(full())
     for figure in ("71.2%", "61.1%", "12.3%", "45.6%", "0.053%", "1,200", "1,900", "402 samples"):
         assert figure in html
-    assert html.count('class="second"') > 4
+    assert "70.0% to 72.5%" in html
+    assert "59.9% to 62.3%" in html
 
 
-def test_without_a_comparison_there_is_one_column() -> None:
-    html = render(replace(full(), comparison=None))
-    assert 'class="second"' not in html
+def test_the_headline_is_the_largest_set() -> None:
+    cards = render(full()).split("<h2>")[0]
+    assert "<b>71.2%</b>" in cards
+    assert "CLIP grinning face: 61.1%" in cards
+    assert "Scenes" not in cards
+
+
+def test_one_run_has_one_column() -> None:
+    report = full()
+    html = render(replace(report, runs=report.runs[:1]))
     assert "61.1%" not in html
     assert "71.2%" in html
+    assert "Settings that differ" not in html
+    assert "CLIP" not in html
 
 
-def test_a_split_only_one_run_has() -> None:
+def test_a_set_only_one_run_has() -> None:
     report = full()
-    assert report.comparison is not None
-    fewer = replace(report.comparison, splits=report.comparison.splits[1:], retrieval={})
-    html = render(replace(report, comparison=fewer))
+    ours, other = report.runs
+    html = render(replace(report, runs=[ours, replace(other, results=other.results[:1])]))
     assert "61.1%" not in html
-    assert '<td class="second">-</td>' in html
+    assert "<td>-</td>" in html
 
 
 def test_empty_parts_are_left_out() -> None:
-    html = render(Report(title="Nothing yet", run=Outcome(name="UniCL")))
+    html = render(Report(title="Nothing yet", runs=[Run(name="UniCL")]))
     assert Outline(html).open == []
     assert "<h2>" not in html
     assert "nan" not in html.lower().replace("nano", "")
     assert "Nothing yet" in html
+
+
+def test_more_runs_than_colours() -> None:
+    html = render(Report(title="Many", runs=[run(f"run {number}", 0.5) for number in range(8)]))
+    assert Outline(html).open == []
+    assert all(f"run {number}" in html for number in range(8))
+
+
+def test_settings_that_differ() -> None:
+    html = render(full("x")).split("Settings that differ")[1]
+    differing, everything = html.split("<details>")
+    assert "trainer.steps" in everything
+    assert "trainer.steps" not in differing
+    assert "trainer.UniCL x" in differing
 
 
 def test_the_right_guess_is_marked_where_it_stands() -> None:
@@ -193,9 +237,10 @@ def test_writing(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_report(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
-    broken = Prediction(image=b"", truth="cat", guesses=[])
+    report = full()
+    broken = SavedAnswers(("cat",), None, (SavedExample(b"", "cat", (), right=False),))
     with pytest.raises(UniclError):
-        write_report(path, replace(full(), wrong=[broken]))
+        write_report(path, replace(report, runs=[replace(report.runs[0], answers={"a": broken})]))
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
@@ -203,3 +248,11 @@ def test_a_failure_leaves_the_old_report(tmp_path: Path) -> None:
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no folder"):
         write_report(tmp_path / "absent" / "report.html", full())
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.7134, "71.3%"), (0.00053, "0.053%"), (0.0, "0.0%"), (None, "-"), (float("nan"), "-")],
+)
+def test_shares_in_percent(share: float | None, text: str) -> None:
+    assert percent(share) == text

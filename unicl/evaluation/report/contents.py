@@ -1,0 +1,78 @@
+"""What a report shows; parts that are empty are left out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from unicl.evaluation.answers import SavedAnswers
+from unicl.evaluation.curves import Rows
+from unicl.evaluation.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model, and what is known of it."""
+
+    name: str
+    """What legends and columns call it, such as "UniCL"; no other run of the report has it."""
+    results: Sequence[Result] = ()
+    """What it reached, one result per task and set."""
+    answers: Mapping[str, SavedAnswers] = field(default_factory=dict)
+    """What it took images for, by the set of a zero-shot result."""
+    metrics: Rows = ()
+    """Rows of `metrics.jsonl`: `step` and metrics by name."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its configuration, nested as it is."""
+
+    def result(self, task: str, dataset: str) -> Result | None:
+        """Return the result of a task on a set, if there is one."""
+        return next((r for r in self.results if (r.task, r.dataset) == (task, dataset)), None)
+
+    @property
+    def speed(self) -> float | None:
+        """Median of the samples that it learned from per second, where that was written down."""
+        speeds = [row.get("train/samples_per_second") for row in self.metrics]
+        finite = [s for s in speeds if isinstance(s, int | float) and math.isfinite(s)]
+        return median(finite) if finite else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundImage:
+    """One image that a text query brought up."""
+
+    image: bytes
+    """The image file's bytes."""
+    text: str
+    """Its own name."""
+    right: bool
+    """Whether the query is its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextQuery:
+    """A text and the images that are nearest to it."""
+
+    text: str
+    """What was asked for."""
+    images: Sequence[FoundImage]
+    """The nearest images, nearest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything the page shows."""
+
+    title: str
+    """Headline."""
+    summary: str = ""
+    """What was trained on what, in a sentence or two."""
+    runs: Sequence[Run]
+    """What is compared; the headline's figures are those of the first."""
+    queries: Sequence[TextQuery] = ()
+    """Text queries with the first run's best images."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Other figures worth a line: training time, parameters, machine."""
+    credits: Sequence[str] = ()
+    """Who made the data, under which licence."""

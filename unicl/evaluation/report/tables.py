@@ -1,0 +1,142 @@
+"""One table per task: what the runs reached, beside what the papers report."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from unicl.evaluation.page import Cell, Column, percent, table
+from unicl.evaluation.published import Published, published
+from unicl.evaluation.report.contents import Report, Run
+from unicl.evaluation.report.measurement import measurement
+from unicl.evaluation.results import Result
+
+_TASKS = {
+    "zero_shot": (
+        "Naming images",
+        "Zero-shot classification: each image is compared with every name, and the nearest name is "
+        "the guess.",
+    ),
+    "fine_tune": (
+        "Naming images after fine-tuning",
+        "The same, after the model was trained on the set's own training images.",
+    ),
+    "linear_probe": (
+        "Linear probe",
+        "The model stays as it is; a logistic regression on its image features tells the classes.",
+    ),
+    "few_shot": (
+        "Learning from a few images",
+        "Five classes are learned from a few images each, again and again with others; shown is "
+        "how often the remaining images are told right.",
+    ),
+    "retrieval": (
+        "Searching",
+        "Recall at k: how often a right answer is among the first k that a search over all images, "
+        "or all their texts, brings up.",
+    ),
+    "retrieval_fine_tuned": (
+        "Searching after fine-tuning",
+        "Recall at k, after the model was trained on the set's own training images.",
+    ),
+}
+_METRICS = {
+    "top1": "first guess right",
+    "top5": "in first five",
+    "mean_per_class": "first guess right, class mean",
+    "map11": "11-point mean average precision",
+}
+_SEARCHES = {"i2t": "image to text", "t2i": "text to image"}
+
+
+def tables(report: Report) -> str:
+    """Return the sections of all tasks that a run has results of."""
+    found = dict.fromkeys(result.task for run in report.runs for result in run.results)
+    tasks = [*(task for task in _TASKS if task in found), *(t for t in found if t not in _TASKS)]
+    return "\n".join(_section(task, report.runs) for task in tasks)
+
+
+def _section(task: str, runs: Sequence[Run]) -> str:
+    heading, words = _TASKS.get(task, (task, ""))
+    results = [[r for r in run.results if r.task == task] for run in runs]
+    peers = _peers(result for each in results for result in each)
+    rows = [row for dataset in _datasets(results) for row in _rows(task, dataset, runs, peers)]
+    has_chance = any(row[2] for row in rows)
+    columns = [
+        Column("Set", words=True),
+        Column("Metric", words=True),
+        *([Column("Chance")] if has_chance else []),
+        *(Column(run.name, run=number) for number, run in enumerate(runs)),
+        *(Column(peer.model, aside="published") for peer in peers),
+    ]
+    if not has_chance:
+        rows = [[*row[:2], *row[3:]] for row in rows]
+    intervals = any(r.interval for each in results for r in each)
+    return (
+        f'<h2>{escape(heading)}</h2>\n<p class="soft">{escape(words)}'
+        f"{' Below a figure is its 95% confidence interval.' if intervals else ''}</p>\n"
+        f"{table(columns, rows)}\n{measurement(runs, results, peers)}"
+    )
+
+
+def _peers(results: Iterable[Result]) -> list[Published]:
+    """Return the papers' models that have figures for one of these results."""
+    found = (peer for result in results for peer in published(result.task, result.dataset))
+    return list({peer.model: peer for peer in found}.values())
+
+
+def _datasets(results: Sequence[Sequence[Result]]) -> list[str]:
+    return list(dict.fromkeys(result.dataset for each in results for result in each))
+
+
+def _rows(
+    task: str, dataset: str, runs: Sequence[Run], peers: Sequence[Published]
+) -> list[list[Cell]]:
+    """Return a row per metric; the set is named in its first."""
+    results = [run.result(task, dataset) for run in runs]
+    there = [result for result in results if result is not None]
+    metrics = dict.fromkeys(metric for result in there for metric in result.shown)
+    return [
+        [
+            _set(dataset, there) if number == 0 else "",
+            _metric(metric),
+            _chance(there, metric),
+            *(_figure(result, metric) for result in results),
+            *(_published(peer, dataset, metric) for peer in peers),
+        ]
+        for number, metric in enumerate(metrics)
+    ]
+
+
+def _set(dataset: str, results: Sequence[Result]) -> Cell:
+    images = " or ".join(dict.fromkeys(f"{result.num_images:,}" for result in results))
+    names = dict.fromkeys(result.protocol.get("num_classes") for result in results)
+    numbers = " or ".join(f"{number:,}" for number in names if isinstance(number, int))
+    return dataset, f"{images} images{f', {numbers} names' if numbers else ''}"
+
+
+def _metric(metric: str) -> str:
+    side, _, k = metric.partition("_r")
+    if side in _SEARCHES and k.isdigit():
+        return f"{_SEARCHES[side]}, R@{k}"
+    if metric.endswith("_shot"):
+        return f"{metric.removesuffix('_shot')} images per class"
+    return _METRICS.get(metric, metric)
+
+
+def _chance(results: Sequence[Result], metric: str) -> str:
+    chances = dict.fromkeys(result.chance(metric) for result in results)
+    return " or ".join(percent(chance) for chance in chances if chance is not None)
+
+
+def _figure(result: Result | None, metric: str) -> Cell:
+    if result is None or metric not in result.metrics:
+        return "-"
+    interval = result.interval_of(metric)
+    if interval is None:
+        return percent(result.metrics[metric])
+    low, high = interval
+    return percent(result.metrics[metric]), f"{percent(low)} to {percent(high)}"
+
+
+def _published(peer: Published, dataset: str, metric: str) -> str:
+    figure = peer.figures.get(dataset, {}).get(metric)
+    return "-" if figure is None else f"{figure}%"
