@@ -22,6 +22,7 @@ def add_commands(commands: Any) -> None:
     _add_index(commands)
     _add_search(commands)
     _add_export(commands)
+    _add_report(commands)
 
 
 def _add_eval(commands: Any) -> None:
@@ -140,6 +141,29 @@ def _add_export(commands: Any) -> None:
     command.set_defaults(run=_export, takes_overrides=False)
 
 
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a page of one run, or comparing several, beside the papers' figures",
+        description="Write one HTML page that needs no other file: figures of eval, curves, "
+        "confusion, examples and settings.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="a run's folder, a folder of eval's results, or open_clip:NAME[/WEIGHTS]",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the page, such as report.html"
+    )
+    command.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write all results as a table, too"
+    )
+    command.set_defaults(run=_report, takes_overrides=False)
+
+
 def _add_sets(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--root", type=Path, default=Path("data"), help="where known sets lie (default: data)"
@@ -251,6 +275,13 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         push=arguments.push,
         private=arguments.private,
     )
+
+
+def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from unicl.reporting import report
+
+    report(arguments.runs, arguments.out, csv=arguments.csv)
+    logger.info("open %s in a browser", arguments.out)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -1,0 +1,136 @@
+"""`unicl report`: runs by their folders, on one page beside the papers' figures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from unicl.data.atomic import atomic_file
+from unicl.engine.metrics import read_metrics
+from unicl.errors import UsageError
+from unicl.evaluation.answers import load_answers
+from unicl.evaluation.report import Report, Run, write_report
+from unicl.evaluation.results import read_result, to_csv
+from unicl.evaluator import results_folder
+from unicl.models import OPEN_CLIP, read_recipe
+
+_RECIPE, _METRICS = "recipe.toml", "metrics.jsonl"
+
+
+def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) -> None:
+    """Write one page of a run, or comparing several, and perhaps a table of all results.
+
+    Args:
+        runs: folders of runs, folders with results of `unicl eval` in them or in `evaluation`
+            below them, or names of open_clip's models that were evaluated from here.
+        out: the page.
+        csv: a table in the columns of `clip_benchmark build`.
+
+    Raises:
+        UsageError: a run has neither metrics nor results, is named twice, or the folder of a file
+            is not there.
+        UniclError: a file is damaged or cannot be written, or matplotlib is missing.
+    """
+    for path in filter(None, (out, csv)):
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    places = [_find(run) for run in runs]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise UsageError(f"{runs[number]} is named twice")
+    read = [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
+    write_report(out, _report(read))
+    if csv is not None:
+        with atomic_file(csv) as file:
+            file.write(to_csv(result for run in read for result in run.results).encode())
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the files of a run lie."""
+
+    name: tuple[str, ...]
+    """What it may be called: its folders from the outermost to the innermost."""
+    run: Path | None
+    """Folder of the recipe and the metrics, if there is one."""
+    results: Path
+    """Folder of the results; perhaps there are none."""
+
+
+def _find(run: str | Path) -> _Place:
+    """Look for a run's files in its folder, below it, or beside its results.
+
+    Raises:
+        UsageError: there are no such files.
+    """
+    path, results = Path(run), results_folder(run)
+    if not path.is_dir() and not (str(run).startswith(OPEN_CLIP) and results.is_dir()):
+        problem = "is no folder" if path.exists() else "is not there"
+        raise UsageError(f"{run} {problem}; name a run, or a folder of `unicl eval`'s results")
+    place = _place(path.resolve(), results) if path.is_dir() else _Place((str(run),), None, results)
+    has_metrics = place.run is not None and (place.run / _METRICS).is_file()
+    if not has_metrics and not any(place.results.glob("*.json")):
+        raise UsageError(
+            f"{run} has neither metrics of a run nor results of `unicl eval`: train or evaluate it"
+        )
+    return place
+
+
+def _place(path: Path, results: Path) -> _Place:
+    above = path.parent
+    if _is_run(path):
+        return _Place(path.parts, path, results)
+    if above.name == "checkpoints" and _is_run(above.parent):
+        return _Place(path.parts, above.parent, results)
+    if any(results.glob("*.json")):
+        return _Place(path.parts, None, results)
+    run = above if path.name.startswith("evaluation") and _is_run(above) else None
+    return _Place(above.parts if path.name == "evaluation" else path.parts, run, path)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / _RECIPE).is_file() or (folder / _METRICS).is_file()
+
+
+def _names(places: Sequence[_Place]) -> list[str]:
+    """Call each by as many of its last folders as it takes to tell all apart."""
+    longest = max(len(place.name) for place in places)
+    for length in range(1, longest + 1):
+        names = ["/".join(place.name[-length:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(place.name)} {number}" for number, place in enumerate(places, start=1)]
+
+
+def _read(place: _Place, name: str) -> Run:
+    results = {path: read_result(path) for path in sorted(place.results.glob("*.json"))}
+    answers = {
+        result.dataset: saved
+        for path, result in results.items()
+        if (saved := load_answers(path.with_suffix(""))) is not None
+    }
+    folder = place.run
+    return Run(
+        name=name,
+        results=list(results.values()),
+        answers=answers,
+        metrics=read_metrics(folder / _METRICS) if folder else (),
+        settings=asdict(read_recipe(folder)) if folder and (folder / _RECIPE).is_file() else {},
+    )
+
+
+def _report(runs: Sequence[Run]) -> Report:
+    names = [run.name for run in runs]
+    *most, last = names
+    facts = {}
+    for run in runs:
+        models = ", ".join(dict.fromkeys(result.model for result in run.results))
+        if models:
+            facts[f"Model, {run.name}"] = models
+        steps = max((row.get("step", 0) for row in run.metrics), default=0)
+        if steps:
+            facts[f"Trained, {run.name}"] = f"{steps:,} steps"
+    return Report(
+        title=f"{', '.join(most)} and {last} compared" if most else f"Report of {last}",
+        runs=runs,
+        facts=facts,
+    )
