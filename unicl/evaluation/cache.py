@@ -7,6 +7,7 @@ identity and weights, of the data, and of the arithmetic.
 
 import json
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ logger = logging.getLogger("unicl")
 # Samples that are embedded between two writes.
 _BLOCK = 8192
 _MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
-_FORMAT = 1
+_FORMAT = 2
+# What is wrong with an image itself. What a disk or a right of access kept from being read may be
+# there the next time, so a block that lacks such images is not remembered.
+_LASTING = {"undecodable image", "image too large", "no image"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +85,14 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
         UniclError: no image can be read, an embedding is not finite, or the cache cannot be
             written.
     """
-    blocks = list(image_blocks(model, images, setting))
-    skipped: Counter[str] = Counter()
-    for block in blocks:
+    blocks, skipped = [], Counter[str]()
+    for block in image_blocks(model, images, setting):
         skipped.update(block.skipped)
-    if not sum(len(block.rows) for block in blocks):
-        raise UniclError(f"{images} has no image that can be read")
+        if len(block.rows):
+            blocks.append(block)
+    if not blocks:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        raise UniclError(f"{images} has no image that can be read ({reasons})")
     return ImageEmbeddings(
         embeddings=torch.cat([block.embeddings for block in blocks]),
         features=torch.cat([block.features for block in blocks]),
@@ -98,7 +104,7 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
 def image_blocks(
     model: Pretrained, images: ImageSet, setting: Setting
 ) -> Iterator[ImageEmbeddings]:
-    """The same block by block, so that a set need not fit into memory."""
+    """The same block by block, so that a set need not fit into memory; a block may have no rows."""
     entry = None
     if setting.cache is not None:
         key = _key(model, setting, "images", images.fingerprint)
@@ -241,7 +247,7 @@ class _Span:
 
 def _embed(model: Pretrained, loader: Loader, span: range, setting: Setting) -> ImageEmbeddings:
     embedded: Embedded = embed_images(
-        model.model, _Span(loader, span), features=True, autocast=setting.autocast
+        model.model, _Span(loader, span), features=True, empty=True, autocast=setting.autocast
     )
     return ImageEmbeddings(
         embeddings=embedded.embeddings,
@@ -284,7 +290,8 @@ def _recalled_tensors(
     if present:
         return ranks.together(lambda: found or _require(path))
     tensors, notes = make()
-    ranks.together(lambda: _write(path, tensors, notes) if ranks.first else None)
+    lasting = set(json.loads(notes.get("skipped", "{}"))) <= _LASTING
+    ranks.together(lambda: _write(path, tensors, notes) if lasting and ranks.first else None)
     return tensors, notes
 
 
@@ -312,8 +319,11 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> Non
     except OSError as error:
         raise write_error(path.parent, error) from error
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as file:
+    # Under a name of its own first: two commands may embed the same set side by side.
+    own = path.with_name(f"{uuid.uuid4().hex}-{path.name}")
+    with atomic_file(own) as file:
         file.write(save(contiguous, metadata=notes))
+    own.replace(path)
 
 
 def _describe(entry: Path, about: dict[str, Any]) -> None:
@@ -322,5 +332,7 @@ def _describe(entry: Path, about: dict[str, Any]) -> None:
         entry.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(entry, error) from error
-    with atomic_file(entry / "about.json") as file:
+    own = entry / f"{uuid.uuid4().hex}.json"
+    with atomic_file(own) as file:
         file.write(json.dumps(about, indent=1).encode())
+    own.replace(entry / "about.json")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unicl.data.loader import Batch, Tokenize
 from unicl.distributed import Ranks
-from unicl.errors import UniclError
+from unicl.errors import UniclError, UsageError
 
 # Similarities that differ by less may owe their order to fp32's rounding.
 _NEAR = 1e-6
@@ -106,6 +106,7 @@ def embed_images(
     loader: Samples,
     *,
     features: bool = False,
+    empty: bool = False,
     autocast: torch.dtype | None = None,
 ) -> Embedded:
     """Embed every image of one pass over a data set; ranks share the work, and all get the result.
@@ -114,6 +115,7 @@ def embed_images(
         model: the two towers.
         loader: the data set.
         features: keep what the embeddings are projected from, too.
+        empty: return no rows where no sample can be read, instead of raising.
         autocast: type of the towers' arithmetic; None computes in the parameters' own.
 
     Raises:
@@ -128,10 +130,10 @@ def embed_images(
     skipped: Counter[str] = Counter()
     for part in parts:
         skipped.update(part.skipped)
-    if not any(sizes):
+    if not any(sizes) and not empty:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise UniclError(f"there is no readable sample to evaluate on ({reasons or 'empty set'})")
-    embedded = ranks.gather_rows(own.embeddings.view(-1, max(dims)), sizes)
+    embedded = ranks.gather_rows(own.embeddings.view(len(own.labels), max(dims)), sizes)
     keys = tuple(key for part in parts for key in part.keys)
     _require_finite(embedded, keys, "image")
     return Embedded(
@@ -252,6 +254,18 @@ def count_before(
 def device_of(model: TwoTowers) -> torch.device:
     """Where the model's parameters lie."""
     return next(iter(model.parameters())).device
+
+
+def autocast_of(precision: str) -> torch.dtype | None:
+    """Return the autocast type that a precision is called by; None is fp32's.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in types:
+        raise UsageError(f"precision must be one of {', '.join(types)}, got {precision!r}")
+    return types[precision]
 
 
 def computing_in(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

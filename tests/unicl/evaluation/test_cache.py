@@ -34,6 +34,7 @@ class Noise:
 
     num_samples: int = 10
     damaged: tuple[int, ...] = ()
+    reason: str = "undecodable image"
     content: str = "noise"
 
     def digest(self) -> str:
@@ -41,7 +42,7 @@ class Noise:
 
     def read(self, index: int) -> RawSample:
         if index in self.damaged:
-            raise SampleError("truncated tar")
+            raise SampleError(self.reason)
         pixels = np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)
         file = BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
@@ -130,12 +131,26 @@ def test_what_cannot_be_read_is_left_out_and_counted(
     for _ in range(2):
         embedded = image_embeddings(toy(), images, setting(tmp_path))
         assert embedded.rows.tolist() == [0, 2, 3, 4, 5, 6, 7, 9]
-        assert embedded.skipped == {"truncated tar": 2}
-    assert "(truncated tar: 1)" in caplog.text
+        assert embedded.skipped == {"undecodable image": 2}
+    assert "(undecodable image: 1)" in caplog.text
+
+
+def test_a_block_may_have_nothing_that_can_be_read(tmp_path: Path) -> None:
+    for _ in range(2):
+        embedded = image_embeddings(toy(), noise(damaged=(8, 9)), setting(tmp_path))
+        assert embedded.rows.tolist() == list(range(8))
+
+
+def test_what_may_be_there_the_next_time_is_not_remembered_as_lost(tmp_path: Path) -> None:
+    lost = noise(damaged=(5,), reason="unreadable file")
+    assert len(image_embeddings(toy(), lost, setting(tmp_path)).rows) == 9
+    found = image_embeddings(toy(), noise(), setting(tmp_path))
+    assert len(found.rows) == 10
+    assert found.skipped == {}
 
 
 def test_nothing_to_embed() -> None:
-    with pytest.raises(UniclError, match="there is no readable sample to evaluate on"):
+    with pytest.raises(UniclError, match="noise has no image that can be read"):
         image_embeddings(toy(), noise(num_samples=3, damaged=(0, 1, 2)), setting(None))
 
 
