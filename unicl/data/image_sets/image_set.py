@@ -13,7 +13,7 @@ from unicl.data.image_sets.images import ImageFiles, Images
 from unicl.data.shards import RawSample
 from unicl.errors import UsageError
 
-Metric = Literal["top1", "mean_per_class", "map11"]
+Metric = Literal["top1", "mean_per_class", "map11", "map"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Digest that changes when the images or their order may have changed.
 
-        It is of names, sizes and times of change, or of the pixels where there are no files; it is
-        the same after the set was moved. Classes and captions have no part in it.
+        It is of paths, sizes and times of change, or of the pixels where there are no files.
+        Classes and captions have no part in it.
 
         Raises:
             UniclError: Images are missing.
@@ -94,7 +94,8 @@ class ClassificationSet(ImageSet):
     targets: Int64[np.ndarray, " num_images"] | Bool[np.ndarray, "num_images num_classes"]
     """Number of each image's class, or which classes it shows."""
     metric: Metric
-    """The published one: accuracy, mean of the classes' accuracies, or 11-point mAP."""
+    """The published one: accuracy, mean of the classes' accuracies, 11-point mAP (VOC2007), or mAP
+    without interpolation (CLIP_benchmark's sets of several classes)."""
     counted: Bool[np.ndarray, "num_images num_classes"] | None = None
     """Which images count for which class; None where all do. VOC2007 leaves `difficult` out."""
 

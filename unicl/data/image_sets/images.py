@@ -64,12 +64,13 @@ class ImageFiles:
         return len(self._names)
 
     def digest(self) -> str:
-        """Return a digest of the files' names, sizes and times of change, in order.
+        """Return a digest of the folder, and of the files' names, sizes and times, in order.
 
         Raises:
             UniclError: Files are missing.
         """
-        digest = blake2b(digest_size=16)
+        # Names, sizes and times may be the same in two parts of one set, or in two sets.
+        digest = blake2b(os.fsencode(os.path.abspath(self.folder)), digest_size=16)
         missing = []
         for name in self._names:
             try:

@@ -1,5 +1,6 @@
 """Open a set of images by what a person would type."""
 
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -68,7 +69,8 @@ def open_images(spec: str, *, split: str = "test", root: Path, download: bool = 
     known = spec in KNOWN_SETS or not folder.is_dir()
     if known or prepared_parts(folder) is not None or is_webdataset(folder):
         return open_image_set(spec, split=split, root=root, download=download)
-    return open_loose_images(folder)
+    opened = open_loose_images(folder)
+    return replace(opened, name=_own_name(opened.name))
 
 
 def _open(
@@ -85,8 +87,16 @@ def _open(
         near = get_close_matches(spec, KNOWN_SETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(KNOWN_SETS)}"
         raise UsageError(f"there is no image set and no folder {spec!r}; {hint}")
+    opened: ClassificationSet | CaptionSet
     if prepared_parts(folder) is not None:
-        return open_prepared(folder, split=split, kind=kind)
-    if is_webdataset(folder):
-        return open_webdataset(folder, split=split)
-    return open_class_folder(folder, split=split)
+        opened = open_prepared(folder, split=split, kind=kind)
+    elif is_webdataset(folder):
+        opened = open_webdataset(folder, split=split)
+    else:
+        opened = open_class_folder(folder, split=split)
+    return replace(opened, name=_own_name(opened.name))
+
+
+def _own_name(name: str) -> str:
+    """Tell a folder that is called like a known set from that set."""
+    return f"./{name}" if name in KNOWN_SETS else name

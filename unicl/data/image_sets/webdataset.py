@@ -173,4 +173,4 @@ def _targets(labels: list[bytes], kind: str, num_classes: int) -> tuple[np.ndarr
     wrong_shape = next((row.shape for row in rows if row.shape != (num_classes,)), None)
     if wrong_shape is not None:
         raise ValueError(f"a label is of shape {wrong_shape}")
-    return np.array(rows).reshape(-1, num_classes) > 0, "map11"
+    return np.array(rows).reshape(-1, num_classes) > 0, "map"

@@ -103,7 +103,7 @@ def test_files_are_read_as_they_are(tmp_path):
             images.read(index)
 
 
-def test_a_fingerprint_changes_with_the_files_and_not_with_their_place(tmp_path):
+def test_a_fingerprint_changes_with_the_files_and_their_place(tmp_path):
     import os
 
     files(tmp_path / "one")
@@ -112,8 +112,10 @@ def test_a_fingerprint_changes_with_the_files_and_not_with_their_place(tmp_path)
     still = ImageFiles(tmp_path / "one", [f"a/{n} ü.png" for n in range(3)])
     before = still.digest()
     (tmp_path / "one").rename(tmp_path / "two")
+    # Two parts of a set may hold files of equal names, sizes and times.
     moved = ImageFiles(tmp_path / "two", [f"a/{n} ü.png" for n in range(3)])
-    assert moved.digest() == before
+    assert moved.digest() != before
+    before = moved.digest()
     assert ImageFiles(tmp_path / "two", [f"a/{n} ü.png" for n in (0, 2, 1)]).digest() != before
     assert ImageFiles(tmp_path / "two", [f"a/{n} ü.png" for n in (0, 1)]).digest() != before
     first = tmp_path / "two/a/0 ü.png"
