@@ -18,7 +18,7 @@ are solved as a path, each from the solution before it.
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,8 @@ class LinearProbe:
     """C of the objective: the larger, the less the weights are held back."""
     names: tuple[str, ...] | None = field(default=None, repr=False)
     """The classes' names, if they are known."""
+    model: str | None = field(default=None, repr=False)
+    """Fingerprint of the model whose features it takes, if it is known."""
 
     def scores(self, features: Features) -> Float[Tensor, "_num_images num_classes"]:
         """Logits of every class: of a softmax, or one sigmoid each where images have many labels.
@@ -104,6 +106,8 @@ class LinearProbe:
         metadata = {"format": "pt", "strength": repr(self.strength)}
         if self.names is not None:
             metadata["names"] = json.dumps(self.names)
+        if self.model is not None:
+            metadata["model"] = self.model
         data = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
         with atomic_file(Path(path)) as file:
             file.write(data)
@@ -125,13 +129,30 @@ class LinearProbe:
             raise UsageError(f"cannot read the probe {path}: {reason}") from error
         except SafetensorError as error:
             raise UniclError(f"the probe {path} is damaged: {error}; fit it again") from error
-        if not tensors.keys() >= {"weight", "bias"} or "strength" not in metadata:
-            raise UsageError(f"{path} holds no linear probe: it needs weight, bias and strength")
+        try:
+            return cls._of(tensors, metadata)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"{path} holds no linear probe: it needs finite weights [classes, width], as many "
+                "biases, a strength, and perhaps as many names"
+            ) from error
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "LinearProbe":
+        weight, bias = tensors["weight"], tensors["bias"]
+        names = tuple(json.loads(metadata["names"])) if "names" in metadata else None
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError("shapes")
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError("not finite")
+        if names is not None and len(names) != len(weight):
+            raise ValueError("names")
         return cls(
-            weight=tensors["weight"],
-            bias=tensors["bias"],
+            weight=weight,
+            bias=bias,
             strength=float(metadata["strength"]),
-            names=tuple(json.loads(metadata["names"])) if "names" in metadata else None,
+            names=names,
+            model=metadata.get("model"),
         )
 
 

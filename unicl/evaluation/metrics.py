@@ -22,7 +22,7 @@ def top_k_accuracy(scores: Scores, targets: Classes, k: int = 1) -> float:
     Raises:
         UsageError: there are no images, or a class that has no score.
     """
-    return (_ranks(scores, targets) < k).double().mean().item()
+    return (class_ranks(scores, targets) < k).double().mean().item()
 
 
 def mean_per_class_accuracy(scores: Scores, targets: Classes) -> float:
@@ -31,10 +31,16 @@ def mean_per_class_accuracy(scores: Scores, targets: Classes) -> float:
     Raises:
         UsageError: there are no images, or a class that has no score.
     """
-    right = (_ranks(scores, targets) < 1).double()
-    counts = targets.bincount(minlength=scores.shape[1]).double()
-    hits = torch.zeros_like(counts).index_add_(0, targets, right)
-    return (hits[counts > 0] / counts[counts > 0]).mean().item()
+    return mean_per_class((class_ranks(scores, targets) < 1).double(), targets)
+
+
+def mean_per_class(
+    right: Float[Tensor, " num_images"], targets: Int[Tensor, " num_images"]
+) -> float:
+    """Mean over the classes that occur of the mean over their images."""
+    counts = targets.bincount()
+    sums = targets.bincount(right)
+    return (sums[counts > 0] / counts[counts > 0]).mean().item()
 
 
 def average_precision(
@@ -151,8 +157,12 @@ def _two_sided(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def _ranks(scores: Scores, targets: Classes) -> Classes:
-    """Number of wrong classes that score at least as high as the right one."""
+def class_ranks(scores: Scores, targets: Classes) -> Classes:
+    """Number of wrong classes that score at least as high as the right one.
+
+    Raises:
+        UsageError: there are no images, or a class that has no score.
+    """
     num_images, num_classes = scores.shape
     if num_images != len(targets) or not num_images:
         raise UsageError(f"{num_images} rows of scores but {len(targets)} targets")

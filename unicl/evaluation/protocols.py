@@ -1,7 +1,7 @@
 """The papers' protocols: a model and a set of images in, figures out (Florence 3.1 to 3.5)."""
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,10 @@ from unicl.evaluation.few_shot import few_shot as train_heads
 from unicl.evaluation.linear_probe import LinearProbe, Search, search
 from unicl.evaluation.metrics import (
     bootstrap_interval,
+    class_ranks,
+    mean_average_precision,
     mean_interpolated_average_precision,
+    mean_per_class,
     top_k_accuracy,
     wilson_interval,
 )
@@ -36,8 +39,8 @@ _KS = (1, 5, 10)
 # Images named right, and as many named wrong, that a report shows.
 _EXAMPLES = 12
 
-Figures = tuple[dict[str, float], tuple[float, float]]
-"""Metrics by name, and the 95% interval of the headline."""
+Figures = tuple[dict[str, float], tuple[float, float] | None]
+"""Metrics by name, and the 95% interval of the headline where there is one."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +151,19 @@ def linear_probe(
                 f"{train} has {len(train.class_names)} classes, {part} has others or "
                 f"{len(part.class_names)}: a probe needs the same classes in all parts"
             )
-    features, targets, skipped = _features(model, train, setting)
+    features, targets, rows, skipped = _features(model, train, setting)
     if validation is None:
         kept = _kept(len(features))
         parts = (features[kept], targets[kept], features[~kept], targets[~kept])
+        chosen_rows, chosen_from = rows[~kept.numpy()], train
     else:
-        chosen_on, chosen_targets, more = _features(model, validation, setting)
+        chosen_on, chosen_targets, chosen_rows, more = _features(model, validation, setting)
         parts = (features, targets, chosen_on, chosen_targets)
+        chosen_from = validation
         skipped += more
     metric: Callable[..., float] = top_k_accuracy
     if train.targets.ndim == 2:
-        metric = mean_interpolated_average_precision
+        metric = _precision_of(chosen_from, chosen_rows)
     device = device_of(model.model)
     found = search(
         *(part.to(device) for part in parts), num_classes=len(train.class_names), metric=metric
@@ -168,6 +173,7 @@ def linear_probe(
         weight=found.probe.weight.cpu(),
         bias=found.probe.bias.cpu(),
         names=train.class_names,
+        model=model.fingerprint,
     )
     result = ask_probe(probe, model, test, setting)
     return (
@@ -195,10 +201,16 @@ def ask_probe(
         UsageError: probe and set have other classes, or probe and model another width.
     """
     start = time.perf_counter()
-    if probe.names is not None and probe.names != test.class_names:
+    names = probe.names or test.class_names
+    if len(probe.weight) != len(test.class_names) or names != test.class_names:
         raise UsageError(
-            f"the probe has {len(probe.names)} classes, {test} has others or "
+            f"the probe has {len(probe.weight)} classes, {test} has others or "
             f"{len(test.class_names)}: fit one on this set"
+        )
+    if probe.model not in (None, model.fingerprint):
+        raise UsageError(
+            f"the probe was fitted on features of another model than {model.name}, or of other "
+            "weights or a transform of it: fit one on this model"
         )
     embedded = image_embeddings(model, test, setting)
     rows = embedded.rows.numpy()
@@ -235,8 +247,8 @@ def few_shot(
     start = time.perf_counter()
     if images.targets.ndim == 2:
         raise UsageError(f"few-shot episodes need one class per image; {images} has several")
-    features, targets, skipped = _features(model, images, setting)
-    mirrored, _, _ = _features(_mirrored(model), images, setting)
+    features, targets, _, skipped = _features(model, images, setting)
+    mirrored = _features(_mirrored(model), images, setting)[0]
     views = torch.stack([features, mirrored]).to(device_of(model.model))
     metrics, intervals = {}, {}
     for shot in shots:
@@ -262,7 +274,8 @@ def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result
     """Find texts by images and images by texts (Florence 3.5).
 
     Each caption asks by itself. Equal captions are one text, which is right for all their images:
-    no model could tell them apart.
+    no model could tell them apart. The papers take a caption to be right for its own image only;
+    the result says how many captions that concerns.
     """
     start = time.perf_counter()
     embedded = image_embeddings(model, images, setting)
@@ -273,19 +286,20 @@ def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result
     unique = texts_embeddings(model, list(number), setting)
     numbers = [number[text] for text in texts]
     pairs = set(zip(owners, numbers, strict=True))
-    images_of = defaultdict(list)
-    for owner, text in sorted(pairs):
-        images_of[text].append(owner)
-    asked = [(turn, owner) for turn, text in enumerate(numbers) for owner in images_of[text]]
+    right = torch.tensor(sorted(pairs))
+    times = torch.tensor(numbers).bincount()
+    num_owners = right[:, 1].bincount()
     sides = {
-        "i2t": recall(embedded.embeddings, unique, torch.tensor(sorted(pairs)), _KS),
-        "t2i": recall(unique[numbers], embedded.embeddings, torch.tensor(asked), _KS),
+        "i2t": recall(embedded.embeddings, unique, right, _KS),
+        "t2i": recall(unique, embedded.embeddings, right.flip(1), _KS, weights=times.double()),
     }
     metrics = {
         f"{side}_r{k}": value for side, recalls in sides.items() for k, value in recalls.items()
     }
-    figures = metrics, wilson_interval(metrics["t2i_r1"], len(texts))
-    protocol = {"num_texts": len(texts)}
+    # No interval: captions of one image do not fail or succeed independently.
+    figures = metrics, None
+    shared = int(times[num_owners > 1].sum())
+    protocol = {"num_texts": len(texts), "shared_captions": shared}
     skipped = _left_out(images, embedded.skipped)
     return _result(
         "retrieval", model, images, setting, figures, len(rows), skipped, protocol, start
@@ -328,11 +342,26 @@ def _features(
 ) -> tuple[
     Float[Tensor, "num_images width"],
     Int[Tensor, " num_images"] | Bool[Tensor, "num_images num_classes"],
+    Int64[np.ndarray, " num_images"],
     Counter[str],
 ]:
     embedded = image_embeddings(model, images, setting)
-    targets = torch.from_numpy(images.targets[embedded.rows.numpy()])
-    return embedded.features, targets, _left_out(images, embedded.skipped)
+    rows = embedded.rows.numpy()
+    targets = torch.from_numpy(images.targets[rows])
+    return embedded.features, targets, rows, _left_out(images, embedded.skipped)
+
+
+def _precision_of(
+    images: ClassificationSet, rows: Int64[np.ndarray, " num_images"]
+) -> Callable[..., float]:
+    """Return the set's own mean precision, of what counts in these rows."""
+    precision = mean_average_precision
+    if images.metric == "map11":
+        precision = mean_interpolated_average_precision
+    if images.counted is None:
+        return precision
+    counted = torch.from_numpy(images.counted[rows])
+    return lambda scores, targets: precision(scores, targets, counted.to(scores.device))
 
 
 def _left_out(images: ImageSet, unread: Mapping[str, int]) -> Counter[str]:
@@ -354,15 +383,14 @@ def _of_scores(
 ) -> Figures:
     targets = torch.from_numpy(images.targets[rows])
     if images.targets.ndim == 1:
-        right = scores.gather(1, targets[:, None])
-        return _of_ranks((scores >= right).sum(dim=1) - 1, targets, images)
+        return _of_ranks(class_ranks(scores, targets), targets, images)
     counted = torch.ones_like(targets)
     if images.counted is not None:
         counted = torch.from_numpy(images.counted[rows])
     tables = (scores, targets, counted)
-    value = mean_interpolated_average_precision(*tables)
-    interval = bootstrap_interval(mean_interpolated_average_precision, *tables, num_draws=200)
-    return {"map11": value}, interval
+    kinds = {"map11": mean_interpolated_average_precision, "map": mean_average_precision}
+    interval = bootstrap_interval(kinds[images.metric], *tables, num_draws=200)
+    return {name: kind(*tables) for name, kind in kinds.items()}, interval
 
 
 def _of_ranks(
@@ -371,13 +399,6 @@ def _of_ranks(
     images: ClassificationSet,
 ) -> Figures:
     right = (ranks < 1).double()
-    num_classes = len(images.class_names)
-
-    def mean_per_class(right: Tensor, targets: Tensor) -> float:
-        counts = targets.bincount(minlength=num_classes).double()
-        hits = targets.bincount(right, minlength=num_classes)
-        return (hits[counts > 0] / counts[counts > 0]).mean().item()
-
     metrics = {
         "top1": right.mean().item(),
         "top5": (ranks < 5).double().mean().item(),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from unicl.data.hash_table import text_label
@@ -174,6 +174,7 @@ def recall(
     items: Float[Tensor, "num_items dim"],
     pairs: Int[Tensor, "num_pairs 2"],
     ks: Sequence[int],
+    weights: Float64[Tensor, " num_queries"] | None = None,
 ) -> dict[int, float]:
     """Share of the queries with a right item among the best k, for each k.
 
@@ -186,6 +187,7 @@ def recall(
         items: unit-length embeddings of what is searched.
         ks: where the list of the best is cut.
         pairs: number of the query and number of a right item, in any order, without repetition.
+        weights: how often each query counts; None counts each once.
     """
     faiss = load_faiss()
     asked = pairs[:, 0].unique()
@@ -213,7 +215,9 @@ def recall(
             torch.from_numpy(best[seen]),
         )
         ranks.append(before)
-    return {k: (torch.cat(ranks) < k).double().mean().item() for k in ks}
+    counts = torch.ones(len(asked)).double() if weights is None else weights[asked]
+    found = torch.cat(ranks)
+    return {k: (((found < k).double() @ counts) / counts.sum()).item() for k in ks}
 
 
 def flat_index(embeddings: Float[Tensor, "num_items dim"]) -> Any:

@@ -118,8 +118,12 @@ def test_several_classes_per_image(model: Pretrained, setting: Setting) -> None:
     several = replace(images, targets=shown, metric="map11")
     result, answers = zero_shot(model, several, setting)
     assert answers is None
-    assert set(result.metrics) == {"map11"}
+    assert set(result.metrics) == {"map11", "map"}
     assert 0 < result.metrics["map11"] < 1
+    embedded = image_embeddings(model, several, setting).embeddings
+    scores = embedded @ classifier(model, images.class_names, images.templates, setting).T
+    theirs = zeroshot_classification.average_precision_per_class(scores, torch.from_numpy(shown))
+    assert result.metrics["map"] == pytest.approx(theirs.mean().item(), abs=1e-6)
     fewer, _ = zero_shot(model, replace(several, counted=counted), setting)
     assert fewer.metrics["map11"] != result.metrics["map11"]
     with pytest.raises(UsageError, match="few-shot episodes need one class per image"):
@@ -163,6 +167,28 @@ def test_a_probe_of_other_classes(model: Pretrained, setting: Setting) -> None:
         linear_probe(model, digits("train"), None, other, setting)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "another"}, "fitted on features of another model than toy"),
+        ({"names": None, "weight": torch.ones(3, 48), "bias": torch.ones(3)}, "has 3 classes"),
+        ({"weight": torch.ones(10, 9)}, "features of width 9, these are 48 wide"),
+    ],
+)
+def test_a_probe_that_does_not_belong_here(
+    model: Pretrained, setting: Setting, changes: dict[str, object], message: str
+) -> None:
+    names = digits().class_names
+    fields = {"weight": torch.ones(10, 48), "bias": torch.ones(10), "names": names, **changes}
+    with pytest.raises(UsageError, match=message):
+        ask_probe(LinearProbe(strength=1.0, **fields), model, digits(), setting)
+
+
+def test_a_score_that_is_no_number_is_no_right_answer(model: Pretrained, setting: Setting) -> None:
+    probe = LinearProbe(weight=torch.full((10, 48), torch.nan), bias=torch.ones(10), strength=1.0)
+    assert ask_probe(probe, model, digits(), setting).metrics["top1"] == 0
+
+
 def test_few_shot_names_its_difference(model: Pretrained, setting: Setting) -> None:
     result = few_shot(model, digits("train"), setting, shots=(5, 20), num_episodes=4)
     assert result.headline == "5_shot"
@@ -198,6 +224,7 @@ def test_retrieval_is_clip_benchmarks(
     )
     assert result.to_json()["metrics"] == pytest.approx(theirs, abs=1e-6)
     assert result.protocol["num_texts"] == sum(map(len, captioned.captions))
+    assert result.protocol["shared_captions"] == 0
 
 
 def test_equal_captions_are_right_for_all_their_images(setting: Setting) -> None:
@@ -217,7 +244,7 @@ def test_equal_captions_are_right_for_all_their_images(setting: Setting) -> None
     )
     result = retrieval(toy(Blind()), images, setting)
     assert result.metrics["i2t_r1"] == result.metrics["t2i_r1"] == 1
-    assert result.protocol["num_texts"] == 40
+    assert result.protocol["num_texts"] == result.protocol["shared_captions"] == 40
 
 
 def test_results_come_back_from_disk(

@@ -73,6 +73,10 @@ def _papers_chose_on(peer: Published, dataset: str) -> str:
     return _VALIDATION if dataset in _WITH_VALIDATION else "a share of train"
 
 
+def _zero_shot_only(words: str) -> Callable[[Published, str], str]:
+    return lambda peer, dataset: words if peer.task == "zero_shot" else _NOT_SAID
+
+
 _ASPECTS = (
     _Aspect(
         "image size",
@@ -90,6 +94,7 @@ _ASPECTS = (
         _looked_up(NUM_TEST_IMAGES),
     ),
     _Aspect("images that could not be read", _unread, _always("none")),
+    _Aspect("prompt templates", _recorded("templates"), _zero_shot_only("the set's own")),
     _Aspect("number of prompt templates", _recorded("num_templates"), _clip_templates),
     _Aspect("backbone", _recorded("backbone"), _always("trained in each episode")),
     _Aspect("episodes", _recorded("num_episodes"), _always("600")),
