@@ -4,12 +4,11 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +21,12 @@ from unicl.data.image_sets import (
     open_image_set,
 )
 from unicl.data.prompts import TEMPLATES
-from unicl.distributed import Ranks, joined
+from unicl.distributed import Ranks, find_launch, joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.answers import save_answers
 from unicl.evaluation.cache import Setting
+from unicl.evaluation.embeddings import autocast_of
 from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.published import Published, published
 from unicl.evaluation.results import Result, save_result, to_csv
@@ -43,7 +43,6 @@ _PAPERS_SETS = {
     "linear-probe": LINEAR_PROBE_SETS,
     "retrieval": ("flickr30k", "coco"),
 }
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_cache() -> Path:
@@ -107,7 +106,10 @@ def evaluate(
         UniclError: the model cannot be loaded, or images cannot be read.
     """
     options = Options() if options is None else options
-    _check(task, options)
+    if task not in TASKS:
+        known = ", ".join(TASKS)
+        raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")
+    check(options)
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         # Opened before the model is loaded: a name that is wrong is told at once.
@@ -128,13 +130,10 @@ def evaluate(
 
 def setting_of(options: Options, ranks: Ranks) -> Setting:
     """Return how options and ranks want embeddings made."""
-    if options.precision not in _AUTOCAST:
-        known = ", ".join(_AUTOCAST)
-        raise UsageError(f"precision must be one of {known}, got {options.precision!r}")
     return Setting(
         batch_size=options.batch_size,
         num_workers=options.num_workers,
-        autocast=_AUTOCAST[options.precision],
+        autocast=autocast_of(options.precision),
         ranks=ranks,
         cache=options.cache,
     )
@@ -145,7 +144,7 @@ def results_folder(model: str | Path) -> Path:
     path = Path(model)
     if not path.is_dir():
         return Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "_", str(model)) / "evaluation"
-    if path.parent.name == "checkpoints":
+    if path.parent.name == "checkpoints" and not (path / "recipe.toml").is_file():
         return path.parent.parent / f"evaluation-{path.name}"
     return path / "evaluation"
 
@@ -186,10 +185,16 @@ def _percent(result: Result) -> str:
     return f"{result.metrics[result.headline]:.1%}"
 
 
-def _check(task: str, options: Options) -> None:
-    if task not in TASKS:
-        known = ", ".join(TASKS)
-        raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")
+def check(options: Options) -> None:
+    """Refuse what cannot be done, before anything is.
+
+    Raises:
+        UsageError: a setting is unknown or not positive, or several ranks would download.
+    """
+    launch = find_launch()
+    if options.download and launch is not None and launch.size > 1:
+        raise UsageError(f"--download is for one process, not {launch.size}: fetch the sets first")
+    autocast_of(options.precision)
     if options.templates is not None and options.templates not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UsageError(f"there are no templates {options.templates!r}: choose from {known}")
@@ -272,10 +277,14 @@ def _run(
     if task == "zero-shot":
         templates = None if options.templates is None else TEMPLATES[options.templates]
         result, answers = protocols.zero_shot(model, test, setting, templates=templates)
+        named = {"templates": options.templates or "the set's own"}
+        result = replace(result, protocol={**result.protocol, **named})
         return result, partial(save_answers, answers, test) if answers else _nothing
     if options.probe is not None:
         probe = LinearProbe.load(options.probe)
-        return protocols.ask_probe(probe, model, test, setting), _nothing
+        result = protocols.ask_probe(probe, model, test, setting)
+        named = {"probe": str(options.probe)}
+        return replace(result, protocol={**result.protocol, **named}), _nothing
     assert parts.train is not None
     result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
     return result, partial(_save_probe, found.probe)

@@ -4,9 +4,12 @@ Classes are texts like any other: their names, in prompt templates, go through t
 images of one class are positives of each other. Nothing is added to the model.
 """
 
+import json
 import logging
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,20 @@ from unicl.build import train
 from unicl.config import Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.prepare import is_finished, prepare, progress_bar
+from unicl.data.prompts import TEMPLATES
 from unicl.data.shards import SampleError, ShardSet
 from unicl.data.sources import Entry, SkippedEntry, image_type
-from unicl.distributed import joined
+from unicl.distributed import find_launch, joined
 from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.results import Result, save_result
-from unicl.evaluator import Options, setting_of
+from unicl.evaluator import Options, check, setting_of
 from unicl.models import OPEN_CLIP, choose_device, load, recipe_of
 
 logger = logging.getLogger("unicl")
 
 _EPOCHS = {"finetune_classes": 10, "finetune_captions": 12}
+_SECONDS_BETWEEN_LOOKS = 2.0
 _SHORTEST = 20
 """Steps that a fine-tuning takes at least, however small the set."""
 
@@ -42,7 +47,7 @@ def fine_tune(
     that was interrupted goes on where it stopped.
 
     Args:
-        model: a run or an exported folder of ours, or `open_clip:NAME[/WEIGHTS]`.
+        model: what `unicl.models.load` takes.
         data: a set with a part `train`; with classes or with captions.
         options: where and how; `out` is needed.
         overrides: keys of the recipe, such as {"trainer.steps": "100"}.
@@ -52,17 +57,19 @@ def fine_tune(
     """
     if options.out is None:
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
+    check(options)
     out = options.out
     test = _open(data, options.split, options)
     training = _open(data, "train", options)
-    recipe = fine_tuning_recipe(model, training, out, overrides or {})
+    overrides = {"trainer.device": options.device, **(overrides or {})}
+    recipe = fine_tuning_recipe(model, training, out, overrides)
     device = choose_device(recipe.trainer.device)
+    _prepare_first(training, out)
     with joined(
         device,
         timeout_seconds=recipe.engine.timeout_seconds,
         alone=recipe.engine.backend != "deepspeed",
     ) as ranks:
-        ranks.together(lambda: _prepare(training, out) if ranks.first else None)
         run = train(recipe, out / "run")
         tuned = ranks.together(lambda: load(run.path, device=str(device)))
         setting = setting_of(options, ranks)
@@ -70,7 +77,8 @@ def fine_tune(
             result = protocols.retrieval(tuned, test, setting)
             result = replace(result, task="retrieval_fine_tuned")
         else:
-            result, _ = protocols.zero_shot(tuned, test, setting)
+            templates = None if options.templates is None else TEMPLATES[options.templates]
+            result, _ = protocols.zero_shot(tuned, test, setting, templates=templates)
             result = replace(result, task="fine_tune")
         from_ = {"from": str(model), "steps": recipe.trainer.steps}
         result = replace(result, protocol={**result.protocol, **from_})
@@ -102,7 +110,10 @@ def fine_tuning_recipe(
         image_tower=replace(towers.image_tower, weights=None, locked=False),
         text_tower=replace(towers.text_tower, locked=False),
         data=replace(base.data, train=str(out / "data")),
-        trainer=replace(base.trainer, batch_size=max(2, min(base.trainer.batch_size, num_samples))),
+        trainer=replace(
+            base.trainer,
+            batch_size=max(2, min(base.trainer.batch_size, num_samples)),
+        ),
     )
     text = recipe_to_toml(whole)
     given = parse_recipe(text, overrides, source=name)
@@ -122,13 +133,26 @@ def _open(data: str, split: str, options: Options) -> ClassificationSet | Captio
     return opened
 
 
-def _prepare(training: ClassificationSet | CaptionSet, out: Path) -> None:
-    """Write a part of a set into shards, unless they are there."""
+def _prepare_first(training: ClassificationSet | CaptionSet, out: Path) -> None:
+    """Write a part of a set into shards, unless they are there; other ranks wait until they are.
+
+    They do so before they join, however long it takes: a rank that has joined is given up when it
+    is not heard of for some minutes.
+    """
     folder = out / "data"
-    if is_finished(folder):
-        if ShardSet.open(folder).info.get("fingerprint") != training.fingerprint:
-            raise UsageError(f"{folder} holds other images than {training}; choose another --out")
-        return
+    launch = find_launch()
+    while launch is not None and launch.rank and not is_finished(folder):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if not is_finished(folder):
+        _prepare(training, folder)
+    if ShardSet.open(folder).info.get("fingerprint") != SetSource(training).fingerprint:
+        raise UsageError(
+            f"{folder} holds other images, classes or captions than {training}; "
+            "choose another --out"
+        )
+
+
+def _prepare(training: ClassificationSet | CaptionSet, folder: Path) -> None:
     with progress_bar("preparing") as progress:
         prepared = prepare(SetSource(training), folder, progress=progress)
     logger.info("%s", prepared)
@@ -150,7 +174,18 @@ class SetSource:
     @property
     def info(self) -> dict[str, Any]:
         """What `dataset.json` shall say."""
-        return {"source": str(self.images), "fingerprint": self.images.fingerprint}
+        return {"source": str(self.images), "fingerprint": self.fingerprint}
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest that changes when images, classes or captions may have changed."""
+        digest = blake2b(self.images.fingerprint.encode(), digest_size=16)
+        if isinstance(self.images, CaptionSet):
+            digest.update(json.dumps(self.images.captions).encode())
+        else:
+            digest.update(json.dumps(self.images.class_names).encode())
+            digest.update(self.images.targets.tobytes())
+        return digest.hexdigest()
 
     def num_entries(self, split: str) -> int:
         """Return the number of images."""

@@ -287,16 +287,23 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
 
 def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Read the weights that a run, a checkpoint or a file has, and say from which file."""
+    if path.suffix in _RELEASE:
+        from unicl.towers.release import load_release
+
+        return path, load_release(path).model.state_dict()
     if path.suffix != ".safetensors":
         if not path.is_dir():
-            raise UsageError(f"weights names no run, checkpoint or .safetensors file: {path}")
+            raise UsageError(
+                f"weights names no run, checkpoint, .safetensors or UniCL's .pth file: {path}"
+            )
         path = _weights_of(path)
     return path, read_safetensors(path, key="weights")
 
 
 def _run_of(path: Path) -> Path:
     """Return the folder of the run, given it or one of its checkpoints."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    inside = path.parent.name == "checkpoints" and not (path / "recipe.toml").is_file()
+    return path.parent.parent if inside else path
 
 
 def _weights_of(path: Path) -> Path:

@@ -79,7 +79,7 @@ def test_captions_are_fine_tuned_for_retrieval(place: Path, tmp_path: Path) -> N
 def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> None:
     overrides = {**QUICK, "trainer.steps": "1"}
     fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
-    with pytest.raises(UsageError, match="holds other images than digits"):
+    with pytest.raises(UsageError, match="holds other images, classes or captions than digits"):
         fine_tune(place / "run", "digits", options(tmp_path), overrides)
 
 

@@ -354,7 +354,8 @@ class Recipe:
     start from: `open_clip:NAME[/WEIGHTS]`. Its sizes are its own; of the towers' settings only
     `locked` and `checkpointing` apply."""
     weights: str | None = None
-    """A run, one of its checkpoints, or a safetensors file of a whole model to start from: both
+    """A run, one of its checkpoints, an exported folder, a safetensors file of a whole model, or a
+    .pth file of UniCL's release to start from: both
     towers and the scale, carried to this recipe's image size, window and context length."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     """The image tower."""
