@@ -27,9 +27,8 @@ from unicl.engine.gradient_cache import backward
 from unicl.engine.precision import Precision
 from unicl.errors import UniclError, UsageError
 from unicl.loss import reference_loss
-from unicl.models import build_model, choose_device
+from unicl.models import build_model, build_tokenizer, choose_device, complete
 from unicl.pretraining import Pretraining
-from unicl.towers.text import tokenize
 from unicl.towers.two_tower import TwoTower
 
 # Relative distance from the truth. Rounding alone stays well below, and the smallest mistake known
@@ -129,7 +128,10 @@ class _Problem:
 
 def _prepare(recipe: Recipe, size: int, slim: bool) -> _Problem:
     if slim:
-        recipe = replace(recipe, image_tower=_SLIM_IMAGE, text_tower=_SLIM_TEXT, embed_dim=64)
+        recipe = replace(
+            recipe, model=None, image_tower=_SLIM_IMAGE, text_tower=_SLIM_TEXT, embed_dim=64
+        )
+    recipe = complete(recipe)
     # Stochastic depth draws per rank and chunk, so there would be no one truth.
     tower = replace(recipe.image_tower, drop_path_rate=0.0)
     recipe = replace(
@@ -152,7 +154,7 @@ def _made_up(recipe: Recipe, size: int) -> Batch:
     texts = tuple(" ".join(["a photo"] * (number % 5 + 1)) + f" {number}" for number in numbers)
     return Batch(
         torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator),
-        tokenize(texts, recipe.text_tower.context_length),
+        build_tokenizer(recipe)(texts),
         torch.from_numpy(np.array(numbers, dtype=np.int64)),
         tuple(map(str, range(size))),
         texts,
