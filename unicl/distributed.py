@@ -230,8 +230,7 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
         late = re.search("time.?out|timed out", str(error), re.IGNORECASE)
         lost = f"did not answer within {timeout_seconds} seconds" if late else "is gone"
         raise UniclError(
-            f"another rank {lost}; start the same command again, and the run goes on from its "
-            f"last checkpoint"
+            f"another rank {lost}; start the same command again: it goes on from what was saved"
         ) from error
     finally:
         dist.destroy_process_group()
