@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from unicl.data.atomic import atomic_file, write_error
 from unicl.errors import UniclError
@@ -19,6 +20,7 @@ _TASKS: dict[Task, str] = {
     "linear_probe": "linear_probe",
     "retrieval": "zeroshot_retrieval",
 }
+# They have no word for the 11-point mean: it keeps ours, map11.
 _METRICS = {
     "top1": "acc1",
     "top5": "acc5",
@@ -26,6 +28,10 @@ _METRICS = {
     "map": "mean_average_precision",
 }
 _RECALLS = {"i2t": "text_retrieval_recall@", "t2i": "image_retrieval_recall@"}
+# What a table's row shows beside the headline, where it was measured.
+_BESIDE = {"top1": "top5", "map11": "map", "map": "map11"}
+# Characters of a set's name in a file's name; file systems allow about 255 in all.
+_LONGEST = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +60,27 @@ class Result:
     """How long it took, with what was embedded for it."""
 
     @property
+    def name(self) -> str:
+        """The set, and what tells this result from others on it: photos, photos (val)."""
+        return f"{self.dataset} ({', '.join(self.marks)})" if self.marks else self.dataset
+
+    @property
+    def marks(self) -> list[str]:
+        """Part of the set, if it is not test, and the saved probe that was tested, if one was."""
+        split, probe = self.protocol.get("split"), self.protocol.get("probe")
+        return [*([split] if split and split != "test" else []), *([probe] if probe else [])]
+
+    @property
     def shown(self) -> list[str]:
         """Names of the metrics of a table's rows: the headline, and what belongs beside it."""
         if self.task in ("zero_shot", "linear_probe", "fine_tune"):
-            beside = ["top5"] if self.headline == "top1" and "top5" in self.metrics else []
-            return [self.headline, *beside]
+            beside = _BESIDE.get(self.headline)
+            return [self.headline, *([beside] if beside and beside in self.metrics else [])]
         return list(self.metrics)
 
     def interval_of(self, metric: str) -> tuple[float, float] | None:
         """Return the 95% confidence interval of a metric, where it is known."""
-        if metric in (intervals := self.protocol.get("intervals", {})):
+        if metric in (intervals := self.protocol.get("intervals") or {}):
             low, high = intervals[metric]
             return low, high
         return self.interval if metric == self.headline else None
@@ -103,23 +120,101 @@ class Result:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Result":
-        """Return what `to_json` was made of."""
-        own = dict(fields["unicl"])
-        interval = own.pop("interval")
-        own["metrics"] = {name: float(value) for name, value in own["metrics"].items()}
+        """Return what `to_json` was made of.
+
+        Raises:
+            ValueError: a field is missing, or is not what it should be.
+        """
+        own = _table(fields.get("unicl"), "unicl")
+        own = {name: own.get(name) for name in _CHECKS} | {"dataset": fields.get("dataset")}
+        for name, check in _CHECKS.items():
+            check(own[name], name)
+        for name, check in _CHECKS_OF_PROTOCOL.items():
+            if (value := own["protocol"].get(name)) is not None:
+                check(value, name)
         if own["headline"] not in own["metrics"]:
-            raise ValueError(f"there is no metric {own['headline']}")
-        return cls(
-            dataset=fields["dataset"], interval=None if interval is None else tuple(interval), **own
-        )
+            raise ValueError(f"there is no metric {own['headline']!r}")
+        own["metrics"] = {name: float(value) for name, value in own["metrics"].items()}
+        own["interval"] = None if own["interval"] is None else tuple(own["interval"])
+        return cls(**own)
+
+
+def _table(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no table")
+    return value
+
+
+def _text(value: Any, name: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is no text")
+
+
+def _task(value: Any, name: str) -> None:
+    if value not in get_args(Task):
+        raise ValueError(f"{name} is none that is known")
+
+
+def _count(value: Any, name: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is no count")
+
+
+def _number(value: Any, name: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} is no number")
+
+
+def _interval(value: Any, name: str) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name} is no pair of numbers")
+    for end in value:
+        _number(end, name)
+
+
+def _no_or_interval(value: Any, name: str) -> None:
+    if value is not None:
+        _interval(value, name)
+
+
+def _each(check: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    def checked(value: Any, name: str) -> None:
+        for key, each in _table(value, name).items():
+            check(each, f"{name}.{key}")
+
+    return checked
+
+
+_CHECKS: Mapping[str, Callable[[Any, str], object]] = {
+    "task": _task,
+    "dataset": _text,
+    "model": _text,
+    "metrics": _each(_number),
+    "headline": _text,
+    "interval": _no_or_interval,
+    "num_images": _count,
+    "skipped": _each(_count),
+    "protocol": _table,
+    "seconds": _number,
+}
+# What is reckoned with; all else of a protocol is only shown.
+_CHECKS_OF_PROTOCOL: Mapping[str, Callable[[Any, str], object]] = {
+    "split": _text,
+    "probe": _text,
+    "chosen_on": _text,
+    "num_classes": _count,
+    "shared_captions": _count,
+    "intervals": _each(_interval),
+}
 
 
 def save_result(folder: Path, result: Result) -> Path:
-    """Write one result into a folder of results; the same measured anew takes its place."""
-    split = result.protocol.get("split") or "test"
-    words = [result.task, result.dataset.strip("./"), *([] if split == "test" else [split])]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", "_".join(words))
-    path = folder / f"{name}.json"
+    """Write one result into a folder of results; the same measured anew takes its place.
+
+    Its name is task_set.json; the part of the set and a saved probe follow, each behind an @.
+    """
+    words = map(_file_word, (result.dataset, *result.marks))
+    path = folder / f"{result.task}_{'@'.join(words)}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,6 +222,14 @@ def save_result(folder: Path, result: Result) -> Path:
     with atomic_file(path) as file:
         file.write(json.dumps(result.to_json(), indent=1).encode())
     return path
+
+
+def _file_word(name: str) -> str:
+    """Return a name as part of a file's name; those that this changes remain different."""
+    word = re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip("./"))[:_LONGEST]
+    if word == name:
+        return word
+    return f"{word}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -145,9 +248,9 @@ def read_result(path: Path) -> Result:
         UniclError: the file is none.
     """
     try:
-        return Result.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UniclError(f"{path} is no result of `unicl eval`; move it away") from error
+        return Result.from_json(_table(json.loads(path.read_text(encoding="utf-8")), "it"))
+    except (OSError, ValueError) as error:
+        raise UniclError(f"{path} is no result of `unicl eval`, move it away ({error})") from error
 
 
 def to_csv(results: Iterable[Result]) -> str:
