@@ -104,7 +104,7 @@ def _names(places: Sequence[_Place]) -> list[str]:
 def _read(place: _Place, name: str) -> Run:
     results = {path: read_result(path) for path in sorted(place.results.glob("*.json"))}
     answers = {
-        result.dataset: saved
+        result.name: saved
         for path, result in results.items()
         if (saved := load_answers(path.with_suffix(""))) is not None
     }

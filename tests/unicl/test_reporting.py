@@ -133,6 +133,34 @@ def test_answers_are_shown(tmp_path: Path) -> None:
             report([run], tmp_path / "report.html")
 
 
+def test_test_and_val_of_a_set_stand_side_by_side(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    images = open_image_set(str(tmp_path / "photos"), root=tmp_path)
+    val = replace(
+        RESULT, metrics={"top1": 0.3333}, num_images=9999, protocol={"split": "val"}, interval=None
+    )
+    run = make_run(tmp_path / "run")
+    for result, counts in ((RESULT, [[41, 0], [0, 0]]), (val, [[0, 0], [0, 43]])):
+        path = save_result(run / "evaluation", result)
+        saved = Answers(("cat", "dog"), np.array(counts), ())
+        save_answers(saved, images, path.with_suffix(""))
+    report([run], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cards, table = html.split("<h2>")[:2]
+    assert "72.5%" in cards  # of the test part, though the other is larger
+    assert re.findall(r'<tr><td class="words">(photos[^<]*)<.*?>(\d+\.\d%)', table) == [
+        ("photos", "50.0%"),
+        ("photos (val)", "33.3%"),
+    ]
+    test, validation = html.split("What it sees")[1].split("<summary>")[1:3]
+    assert test.startswith("photos</")
+    assert "41 of 41" in test
+    assert validation.startswith("photos (val)</")
+    assert "43 of 43" in validation
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "3", '{"dataset": "photos"}', '{"unicl": 3}'])
 def test_a_damaged_result(tmp_path: Path, damage: str) -> None:
     run = make_run(tmp_path / "run", RESULT)

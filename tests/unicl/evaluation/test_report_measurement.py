@@ -1,6 +1,7 @@
 """Tables beside the papers' figures, and what is said of their differences."""
 
 import re
+from dataclasses import replace
 from html import unescape
 from typing import Any
 
@@ -136,6 +137,31 @@ def test_values_that_differ_by_set_are_said_with_their_sets() -> None:
         *(result("zero_shot", name, image_size=48 + 8 * (name == "scans")) for name in sets)
     )
     assert "48 px; 56 px (scans)" in html
+
+
+def test_captions_that_several_images_share() -> None:
+    said = "captions that several images share: ours 1,234, right for all their images; Florence"
+    measured = replace(result("retrieval", "coco", shared_captions=1234), interval=None)
+    html = page(measured)
+    assert any(line.startswith(said) for line in differences(html))
+    assert "right for their own image only" in html
+    assert "confidence interval" not in html
+    assert "captions that" not in page(result("retrieval", "coco", shared_captions=0))
+
+
+def test_a_part_that_no_paper_measured_stands_beside_the_papers_with_a_warning() -> None:
+    html = page(result("zero_shot", "cifar10"), result("zero_shot", "cifar10", split="train"))
+    assert len(re.findall(r"<tr><td class=\"words\">cifar10.*?<td>94.6%</td>", html)) == 2
+    assert "cifar10 (train)" in html
+    (line,) = [each for each in differences(html) if each.startswith("part of the set")]
+    assert line.startswith("part of the set: ours train;")
+
+
+def test_both_mean_average_precisions_of_a_set() -> None:
+    fields = {"metrics": {"map11": 0.8123, "map": 0.7123}, "headline": "map11"}
+    html = page(replace(result("zero_shot", "voc2007"), **fields))
+    for words in ("11-point mean average precision", ">mean average precision", "81.2%", "71.2%"):
+        assert words in html
 
 
 def test_every_published_set_has_its_number_of_images() -> None:

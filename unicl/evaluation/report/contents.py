@@ -18,17 +18,17 @@ class Run:
     name: str
     """What legends and columns call it, such as "UniCL"; no other run of the report has it."""
     results: Sequence[Result] = ()
-    """What it reached, one result per task and set."""
+    """What it reached, one result per task and part of a set."""
     answers: Mapping[str, SavedAnswers] = field(default_factory=dict)
-    """What it took images for, by the set of a zero-shot result."""
+    """What it took images for, by the name of a zero-shot result."""
     metrics: Rows = ()
     """Rows of `metrics.jsonl`: `step` and metrics by name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Its configuration, nested as it is."""
 
-    def result(self, task: str, dataset: str) -> Result | None:
-        """Return the result of a task on a set, if there is one."""
-        return next((r for r in self.results if (r.task, r.dataset) == (task, dataset)), None)
+    def result(self, task: str, name: str) -> Result | None:
+        """Return the result of a task by its name, if there is one."""
+        return next((r for r in self.results if (r.task, r.name) == (task, name)), None)
 
     @property
     def speed(self) -> float | None:

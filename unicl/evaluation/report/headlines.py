@@ -77,21 +77,25 @@ def _asked(run: Run, wording: _Wording) -> list[Result]:
 
 
 def _largest(run: Run, others: list[Run], wording: _Wording) -> Result | None:
-    """Choose the set with most images, of those that all runs have if there are any."""
+    """Choose the set with most images, of those that all runs have if there are any.
+
+    The test part comes before all others, however large they are.
+    """
     asked = _asked(run, wording)
-    shared = [r for r in asked if all(each.result(r.task, r.dataset) for each in others)]
-    return max(shared or asked, key=lambda result: result.num_images, default=None)
+    shared = [r for r in asked if all(each.result(r.task, r.name) for each in others)]
+    return max(shared or asked, key=lambda r: (not r.marks, r.num_images), default=None)
 
 
 def _words(wording: _Wording, result: Result, *, alone: bool) -> str:
+    alone = alone and not result.marks
     names = result.protocol.get("num_classes")
     images = f"{result.num_images:,} images"
     words = wording.words.format(
-        images=images if alone else f"{images} ({result.dataset})",
-        set=result.dataset,
+        images=images if alone else f"{images} ({result.name})",
+        set=result.name,
         of_names=f", out of {names:,} names" if names else "",
     )
-    return words if alone or "{" in wording.words else f"{words} ({result.dataset})"
+    return words if alone or "{" in wording.words else f"{words} ({result.name})"
 
 
 def _aside(result: Result, metric: str, others: list[Run]) -> str:
@@ -99,7 +103,7 @@ def _aside(result: Result, metric: str, others: list[Run]) -> str:
     if (chance := result.chance(metric)) is not None:
         parts.append(f"Guessing blindly: {percent(chance)}")
     for other in others:
-        theirs = other.result(result.task, result.dataset)
+        theirs = other.result(result.task, result.name)
         if theirs is not None and metric in theirs.metrics:
             parts.append(f"{other.name}: {percent(theirs.metrics[metric])}")
     return "; ".join(parts)

@@ -13,7 +13,7 @@ from unicl.evaluation.report.contents import Run
 from unicl.evaluation.results import Result
 
 Values = Mapping[str, str]
-"""How sets were treated, by the set."""
+"""How sets were treated, by the results' names."""
 
 _NOT_SAID = "not said"
 _VALIDATION = "the validation part"
@@ -55,6 +55,11 @@ def _unread(result: Result) -> str:
         return "none"
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result.skipped.items())
     return f"{sum(result.skipped.values()):,} ({reasons})"
+
+
+def _shared_captions(result: Result) -> str:
+    number = result.protocol.get("shared_captions")
+    return f"{number:,}, right for all their images" if number else ""
 
 
 def _clip_templates(peer: Published, dataset: str) -> str:
@@ -102,6 +107,12 @@ _ASPECTS = (
     _Aspect("regularisation chosen on", _chosen_on, _papers_chose_on),
     _Aspect("fine-tuned from", _recorded("from"), _always("")),
     _Aspect("steps of fine-tuning", _recorded("steps"), _always("")),
+    _Aspect("saved probe", _recorded("probe"), _always("")),
+    _Aspect(
+        "captions that several images share",
+        _shared_captions,
+        _always("right for their own image only"),
+    ),
     _Aspect("precision", _recorded("precision")),
 )
 
@@ -148,36 +159,39 @@ class _Compared:
     theirs: Sequence[Values]
     """For each paper's model."""
     among_runs: Set[str]
-    """Sets that the runs treated otherwise than each other."""
+    """Names of results that the runs treated otherwise than each other."""
     from_papers: Set[str]
-    """Sets that a run treated otherwise than a paper did."""
+    """Those that a run treated otherwise than a paper did."""
     unsaid: Set[str]
-    """Sets of which no paper says how it treated them."""
+    """Those of whose sets no paper says how it treated them."""
 
 
 def _compare(
     aspect: _Aspect, results: Sequence[Sequence[Result]], peers: Sequence[Published]
 ) -> _Compared | None:
-    ours = [{result.dataset: aspect.ours(result) for result in each} for each in results]
+    ours = [{result.name: aspect.ours(result) for result in each} for each in results]
     if not any(value for each in ours for value in each.values()):
         return None
-    sets = dict.fromkeys(dataset for each in ours for dataset in each)
-    theirs = [{d: aspect.theirs(peer, d) for d in sets if d in peer.figures} for peer in peers]
-    said = {d: {each[d] for each in theirs if d in each} for d in sets}
-    unsaid = {dataset for dataset, values in said.items() if values == {_NOT_SAID}}
+    sets = {result.name: result.dataset for each in results for result in each}
+    theirs = [
+        {name: aspect.theirs(peer, d) for name, d in sets.items() if d in peer.figures}
+        for peer in peers
+    ]
+    said = {name: {each[name] for each in theirs if name in each} for name in sets}
+    unsaid = {name for name, values in said.items() if values == {_NOT_SAID}}
     return _Compared(
         aspect.name, ours, theirs, _differing(ours, ours), _differing(ours, theirs), unsaid
     )
 
 
 def _differing(some: Sequence[Values], others: Sequence[Values]) -> set[str]:
-    """Return the sets that were treated otherwise; what one does not say is no difference."""
+    """Return the names of what was treated otherwise; what one does not say is no difference."""
     return {
-        dataset
+        name
         for each in some
         for other in others
-        for dataset in each.keys() & other.keys()
-        if each[dataset] != other[dataset] and not {each[dataset], other[dataset]} & {"", _NOT_SAID}
+        for name in each.keys() & other.keys()
+        if each[name] != other[name] and not {each[name], other[name]} & {"", _NOT_SAID}
     }
 
 

@@ -10,12 +10,12 @@ from unicl.evaluation.report.contents import Report, TextQuery
 
 def answers(report: Report) -> str:
     """Return confusion and examples of each set and run; of several the first is unfolded."""
-    datasets = dict.fromkeys(dataset for run in report.runs for dataset in run.answers)
+    names = dict.fromkeys(name for run in report.runs for name in run.answers)
     blocks = [
-        (f"{dataset}, {run.name}" if len(report.runs) > 1 else dataset, block)
-        for dataset in datasets
+        (f"{name}, {run.name}" if len(report.runs) > 1 else name, block)
+        for name in names
         for run in report.runs
-        if dataset in run.answers and (block := _block(run.answers[dataset]))
+        if name in run.answers and (block := _block(run.answers[name]))
     ]
     if not blocks:
         return ""

@@ -42,6 +42,7 @@ _METRICS = {
     "top1": "first guess right",
     "top5": "in first five",
     "mean_per_class": "first guess right, class mean",
+    "map": "mean average precision",
     "map11": "11-point mean average precision",
 }
 _SEARCHES = {"i2t": "image to text", "t2i": "text to image"}
@@ -58,7 +59,7 @@ def _section(task: str, runs: Sequence[Run]) -> str:
     heading, words = _TASKS.get(task, (task, ""))
     results = [[r for r in run.results if r.task == task] for run in runs]
     peers = _peers(result for each in results for result in each)
-    rows = [row for dataset in _datasets(results) for row in _rows(task, dataset, runs, peers)]
+    rows = [row for name in _result_names(results) for row in _rows(task, name, runs, peers)]
     has_chance = any(row[2] for row in rows)
     columns = [
         Column("Set", words=True),
@@ -83,34 +84,34 @@ def _peers(results: Iterable[Result]) -> list[Published]:
     return list({peer.model: peer for peer in found}.values())
 
 
-def _datasets(results: Sequence[Sequence[Result]]) -> list[str]:
-    return list(dict.fromkeys(result.dataset for each in results for result in each))
+def _result_names(results: Sequence[Sequence[Result]]) -> list[str]:
+    return list(dict.fromkeys(result.name for each in results for result in each))
 
 
 def _rows(
-    task: str, dataset: str, runs: Sequence[Run], peers: Sequence[Published]
+    task: str, name: str, runs: Sequence[Run], peers: Sequence[Published]
 ) -> list[list[Cell]]:
     """Return a row per metric; the set is named in its first."""
-    results = [run.result(task, dataset) for run in runs]
+    results = [run.result(task, name) for run in runs]
     there = [result for result in results if result is not None]
     metrics = dict.fromkeys(metric for result in there for metric in result.shown)
     return [
         [
-            _set(dataset, there) if number == 0 else "",
+            _set(name, there) if number == 0 else "",
             _metric(metric),
             _chance(there, metric),
             *(_figure(result, metric) for result in results),
-            *(_published(peer, dataset, metric) for peer in peers),
+            *(_published(peer, there[0].dataset, metric) for peer in peers),
         ]
         for number, metric in enumerate(metrics)
     ]
 
 
-def _set(dataset: str, results: Sequence[Result]) -> Cell:
+def _set(name: str, results: Sequence[Result]) -> Cell:
     images = " or ".join(dict.fromkeys(f"{result.num_images:,}" for result in results))
     names = dict.fromkeys(result.protocol.get("num_classes") for result in results)
     numbers = " or ".join(f"{number:,}" for number in names if isinstance(number, int))
-    return dataset, f"{images} images{f', {numbers} names' if numbers else ''}"
+    return name, f"{images} images{f', {numbers} names' if numbers else ''}"
 
 
 def _metric(metric: str) -> str:
