@@ -147,6 +147,20 @@ class EvalTransform:
         return _pixels(_resize(image, share, box, self.size))
 
 
+def upright(image: Image.Image, *, longer_side: int) -> Image.Image:
+    """Decode a whole image as the transforms see it: upright, in 8 bits, in RGB, on white.
+
+    Args:
+        image: An image that is opened, not yet decoded.
+        longer_side: Pixels that suffice; a JPEG is decoded to no fewer, if it has as many.
+
+    Raises:
+        UndecodableImage: Pillow cannot decode the image.
+    """
+    share = longer_side / max(image.size)
+    return _on_white(_decode(image, share, _orientation(image))[0])
+
+
 def _between(low: float, high: float, bits: int) -> float:
     return low + (high - low) * (bits / 2**32)
 
@@ -231,7 +245,11 @@ def _resize(image: Image.Image, share: float, box: Box, size: int) -> Image.Imag
         box[0] * share, box[1] * share,
         min(box[2] * share, image.width), min(box[3] * share, image.height),
     )  # fmt: skip
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=scaled)
+    return _on_white(image.resize((size, size), Image.Resampling.BICUBIC, box=scaled))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Convert RGBA, RGB or L to RGB; what is transparent becomes white."""
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))

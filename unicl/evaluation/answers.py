@@ -4,19 +4,18 @@ import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from PIL import Image
 
 from unicl.data.atomic import atomic_file
-from unicl.data.augment import UndecodableImage, open_image
+from unicl.data.augment import UndecodableImage
 from unicl.data.image_sets import ImageSet
 from unicl.data.shards import SampleError
 from unicl.errors import UniclError
+from unicl.evaluation.page import thumbnail
 from unicl.evaluation.protocols import Answers
 
 _SUFFIX = ".answers"
@@ -111,13 +110,7 @@ def _path(stem: Path) -> Path:
 
 def _thumbnail(images: ImageSet, index: int) -> str | None:
     try:
-        image = open_image(images.read(index).image).convert("RGB")
-    except (SampleError, UndecodableImage, OSError, SyntaxError):
+        image = thumbnail(images.read(index).image, side=_THUMBNAIL)
+    except (SampleError, UndecodableImage):
         return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    if max(image.size) < _THUMBNAIL // 2:  # scans of 8 x 8 pixels would be a blur in a browser
-        scale = _THUMBNAIL // 2 // max(image.size)
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    file = BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(image).decode()

@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from unicl.data.augment import UndecodableImage, open_image
+from unicl.data.augment import UndecodableImage, open_image, upright
 from unicl.errors import UniclError
 
 RUN_COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -134,6 +135,28 @@ def picture(image: bytes, description: str) -> str:
         ) from error
     data = base64.b64encode(image).decode("ascii")
     return f'<img src="data:{kind};base64,{data}" alt="{escape(description)}" loading="lazy">'
+
+
+def thumbnail(image: bytes, *, side: int) -> bytes:
+    """Return a small JPEG of an image as the model sees it, but uncropped.
+
+    Args:
+        image: an image file's bytes.
+        side: pixels of its longer side at most. Images that are far smaller are enlarged by a
+            whole number: scans of 8 x 8 pixels would be a blur in a browser.
+
+    Raises:
+        UndecodableImage: the bytes are no image, or damaged.
+    """
+    with open_image(image) as opened:
+        small = upright(opened, longer_side=2 * side)
+    small.thumbnail((side, side))
+    times = side // 2 // max(small.size)
+    if times > 1:
+        small = small.resize((small.width * times, small.height * times), Image.Resampling.NEAREST)
+    file = BytesIO()
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 Cell = str | tuple[str, str]

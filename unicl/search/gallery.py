@@ -3,21 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from unicl.data.atomic import atomic_file
-from unicl.data.augment import UndecodableImage, open_image
+from unicl.data.augment import UndecodableImage
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.page import page, picture
+from unicl.evaluation.page import page, picture, thumbnail
 from unicl.search.index import Found
 from unicl.search.items import Item
 
-# Longer side of a picture in pixels, and JPEG quality: about 10 KB each.
+# Longer side of a picture in pixels: about 10 KB each.
 _SIDE = 224
-_QUALITY = 80
 
 _STYLE = """<style>
 .query img { width: 100%; height: auto; max-height: 224px; }
@@ -93,22 +89,6 @@ def _figure(found: Found, read_image: Callable[[Item], bytes]) -> str:
 
 def _picture(read: Callable[[], bytes], description: str) -> str:
     try:
-        return picture(_thumbnail(read()), description)
+        return picture(thumbnail(read(), side=_SIDE), description)
     except (OSError, UniclError, UndecodableImage):
         return '<div class="missing">image missing</div>'
-
-
-def _thumbnail(image: bytes) -> bytes:
-    """Shrink an image; what is transparent becomes white."""
-    with open_image(image) as opened:
-        try:
-            opened.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
-        except Exception as error:  # Only Pillow runs here, and bad files make it raise all sorts.
-            raise UndecodableImage(str(error)) from error
-    upright.thumbnail((_SIDE, _SIDE))
-    flat = Image.new("RGB", upright.size, "white")
-    flat.paste(upright, mask=upright)
-    data = BytesIO()
-    flat.save(data, "JPEG", quality=_QUALITY)
-    return data.getvalue()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, SavedExample
-from unicl.evaluation.page import flatten, percent, picture
+from unicl.evaluation.page import flatten, percent, picture, thumbnail
 from unicl.evaluation.report import FoundImage, Report, Run, TextQuery, render, write_report
 from unicl.evaluation.results import Result
 
@@ -220,6 +220,36 @@ def test_images_keep_their_bytes(kind: str) -> None:
 def test_bytes_that_are_no_image_are_an_error() -> None:
     with pytest.raises(UniclError, match="image of 'a cat' cannot be read"):
         picture(b"<svg onload=alert(1)>", "a cat")
+
+
+def small(image: Image.Image, kind: str, **options: object) -> Image.Image:
+    target = io.BytesIO()
+    image.save(target, kind, **options)
+    return Image.open(io.BytesIO(thumbnail(target.getvalue(), side=160)))
+
+
+def test_thumbnails_are_what_the_model_sees() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    photo = Image.new("RGB", (1000, 500), "red")
+    photo.paste("blue", (0, 0, 500, 500))
+    shown = small(photo, "JPEG", exif=exif)
+    assert shown.size == (80, 160)
+    above, below = shown.getpixel((40, 20)), shown.getpixel((40, 140))
+    assert np.abs(np.array([above, below]) - [[0, 0, 255], [255, 0, 0]]).max() < 12
+    # 16-bit grey of which half is light, and what is transparent.
+    grey = Image.fromarray(np.full((200, 200), 128 * 257, np.uint16))
+    assert small(grey, "PNG").convert("L").getextrema() == pytest.approx((128, 128), abs=1)
+    clear = Image.new("RGBA", (200, 200), (0, 0, 0, 0))
+    assert small(clear, "PNG").convert("L").getextrema() == (255, 255)
+
+
+def test_tiny_scans_are_enlarged_with_sharp_edges() -> None:
+    scan = np.random.default_rng(0).integers(0, 2, (8, 8), np.uint8) * 255
+    shown = small(Image.fromarray(scan), "PNG")
+    assert shown.size == (80, 80)
+    middles = np.asarray(shown.convert("L"))[5::10, 5::10]
+    assert np.array_equal(middles > 127, scan > 127)
 
 
 def test_settings_are_flat_and_in_order() -> None:

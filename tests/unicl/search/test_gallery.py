@@ -53,7 +53,7 @@ def test_the_page_shows_queries_and_what_was_found(tmp_path: Path) -> None:
     page = write(tmp_path, *answers, title="Found", summary="exact, 2 ms per query")
     for words in ("Found", "exact, 2 ms", "cats", "mine.jpg", "k1", "k2", "k3", "0.812", "a cat"):
         assert words in page
-    # Shrunk, never enlarged, and in the shape they have.
+    # Shrunk, and in the shape they have.
     assert [image.size for image in pictures(page)] == [
         (224, 112),
         (224, 112),
