@@ -124,7 +124,7 @@ def evaluate(
             if ranks.first:
                 path = save_result(out, result)
                 keep(path.with_suffix(""))
-                logger.info("%s: %s %s", result.dataset, result.headline, _percent(result))
+                logger.info("%s: %s %s", result.name, result.headline, _percent(result))
     return results
 
 
@@ -166,7 +166,7 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
         for metric in result.shown:
             interval = result.interval_of(metric)
             table.add_row(
-                result.dataset,
+                result.name,
                 metric,
                 f"{result.num_images:,}",
                 f"{result.metrics[metric]:.1%}",
@@ -283,7 +283,7 @@ def _run(
     if options.probe is not None:
         probe = LinearProbe.load(options.probe)
         result = protocols.ask_probe(probe, model, test, setting)
-        named = {"probe": str(options.probe)}
+        named = {"probe": options.probe.name}
         return replace(result, protocol={**result.protocol, **named}), _nothing
     assert parts.train is not None
     result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
