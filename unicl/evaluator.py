@@ -121,11 +121,13 @@ def evaluate(
         for parts in work:
             result, keep = _run(task, loaded, parts, setting, options)
             results.append(result)
-            if ranks.first:
-                path = save_result(out, result)
-                keep(path.with_suffix(""))
-                logger.info("%s: %s %s", result.name, result.headline, _percent(result))
+            ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
+            logger.info("%s: %s %s", result.name, result.headline, _percent(result))
     return results
+
+
+def _save(out: Path, result: Result, keep: Callable[[Path], None]) -> None:
+    keep(save_result(out, result).with_suffix(""))
 
 
 def setting_of(options: Options, ranks: Ranks) -> Setting:
@@ -250,6 +252,8 @@ def _open(task: str, name: str, options: Options) -> _Parts:
     test = part(options.split)
     if task != "linear-probe" or options.probe is not None:
         return _Parts(test)
+    if options.split == "train":
+        raise UsageError("a linear probe is fitted on train; test it on another --split")
     if "train" not in test.splits:
         has = f"only {', '.join(test.splits)}" if test.splits else "no parts"
         raise UsageError(f"a linear probe is fitted on a train split; {name} has {has}")
@@ -263,7 +267,7 @@ def _run(
     """Measure, and return what else there is to be written beside the result."""
     test = parts.test
     if isinstance(test, CaptionSet):
-        return protocols.retrieval(model, test, setting), _nothing
+        return protocols.retrieval(model, test, setting), _keep_nothing
     if task == "few-shot":
         result = protocols.few_shot(
             model,
@@ -273,24 +277,28 @@ def _run(
             num_episodes=options.num_episodes,
             seed=options.seed,
         )
-        return result, _nothing
+        return result, _keep_nothing
     if task == "zero-shot":
         templates = None if options.templates is None else TEMPLATES[options.templates]
         result, answers = protocols.zero_shot(model, test, setting, templates=templates)
         named = {"templates": options.templates or "the set's own"}
         result = replace(result, protocol={**result.protocol, **named})
-        return result, partial(save_answers, answers, test) if answers else _nothing
+        return result, partial(save_answers, answers, test) if answers else _keep_nothing
     if options.probe is not None:
         probe = LinearProbe.load(options.probe)
         result = protocols.ask_probe(probe, model, test, setting)
         named = {"probe": options.probe.name}
-        return replace(result, protocol={**result.protocol, **named}), _nothing
+        return replace(result, protocol={**result.protocol, **named}), _keep_nothing
     assert parts.train is not None
     result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
     return result, partial(_save_probe, found.probe)
 
 
-def _nothing(stem: Path) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _keep_nothing(stem: Path) -> None:
     pass
 
 
