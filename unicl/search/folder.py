@@ -216,9 +216,13 @@ def _locked(folder: Path) -> int:
 def _require_own(folder: Path) -> None:
     """Refuse to scatter an index among files that are none."""
     names = {entry.name for entry in folder.iterdir()}
-    own = {name for name in names if _DATA.fullmatch(name) or name.startswith(PARTIAL_PREFIX)}
-    others = sorted(names - own - {_LOCK_FILE})
-    if DESCRIPTION_FILE not in names and others:
+    if DESCRIPTION_FILE in names:
+        return
+    own = {_LOCK_FILE} | {name for name in names if name.startswith(PARTIAL_PREFIX)}
+    if _LOCK_FILE in names:  # others call folders data-1, too, and what is own may be removed
+        own |= {name for name in names if _DATA.fullmatch(name)}
+    others = sorted(names - own)
+    if others:
         raise UsageError(
             f"{folder} is no index and not empty (there is {others[0]}); choose another folder"
         )

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from unicl.errors import UniclError
+from unicl.errors import UniclError, UsageError
 from unicl.search.folder import Facts, Output, drafting
 
 
@@ -52,3 +52,22 @@ def test_every_recall_has_to_be_reached(
     )
     assert facts.reached == reached
     assert ("no number of lists" in facts.summary()) != reached
+
+
+def test_folders_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    for name in ("data-1", "data-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.csv").write_text("dear")
+    error = r"no index and not empty \(there is data-1\)"
+    with pytest.raises(UsageError, match=error), drafting(tmp_path):
+        pass
+    assert len(list(tmp_path.glob("data-*/results.csv"))) == 2
+    assert not (tmp_path / "index.lock").exists()
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "index.lock").touch()
+    (tmp_path / "data-1").mkdir()
+    with drafting(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["index.lock"]
