@@ -7,6 +7,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,21 @@ class Collection:
         """Write blocks of embeddings [n, dim] with their items.
 
         Raises:
-            UsageError: the folder is not empty, or there is no block.
+            UsageError: the folder is not empty, or there is nothing in the blocks.
             UniclError: it cannot be written.
         """
+        require_empty(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"{PARTIAL_PREFIX}*"):
                 path.unlink()
-            if any(folder.iterdir()):
-                raise UsageError(f"{folder} is not empty; choose another --out")
         except OSError as error:
             raise write_error(folder, error) from error
         num_items, dim = 0, 0
         with atomic_file(folder / _EMBEDDINGS) as vectors, atomic_file(folder / _ITEMS) as lines:
             for embeddings, items in blocks:
+                if not len(items):
+                    continue  # none of the block's images could be read
                 if not num_items:
                     dim = embeddings.shape[1]
                     _write_header(vectors, 0, dim)
@@ -109,13 +111,44 @@ class Collection:
         return found
 
     def blocks(self) -> Iterator[Block]:
-        """Go through embeddings and items together."""
+        """Go through embeddings and items together.
+
+        Raises:
+            UniclError: they are damaged.
+        """
         embeddings = self.embeddings()
-        with open(self.folder / _ITEMS, encoding="utf-8") as lines:
-            for start in range(0, self.num_items, _ROWS):
-                rows = embeddings[start : start + _ROWS]
-                items = [Item(**json.loads(line)) for line, _ in zip(lines, rows, strict=False)]
-                yield rows, items
+        items = self._items()
+        for start in range(0, self.num_items, _ROWS):
+            rows = embeddings[start : start + _ROWS]
+            yield rows, list(islice(items, len(rows)))
+
+    def _items(self) -> Iterator[Item]:
+        path = self.folder / _ITEMS
+        try:
+            with open(path, encoding="utf-8") as lines:
+                for line, _ in zip(lines, range(self.num_items), strict=True):
+                    yield Item(**json.loads(line))
+        except OSError as error:
+            raise UniclError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, TypeError) as error:
+            raise UniclError(f"{path} is damaged; embed the images again") from error
+
+
+def require_empty(folder: Path) -> None:
+    """Refuse a folder that holds more than what a writer that was cut short has left.
+
+    Raises:
+        UsageError: it does.
+        UniclError: it is a file, or cannot be read.
+    """
+    try:
+        held = folder.exists() and any(
+            not path.name.startswith(PARTIAL_PREFIX) for path in folder.iterdir()
+        )
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if held:
+        raise UsageError(f"{folder} is not empty; choose another --out")
 
 
 def _write_header(file, num_rows: int, dim: int) -> None:  # type: ignore[no-untyped-def]
