@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from unicl.errors import UniclError
+from unicl.errors import UniclError, UsageError
 
 PARTIAL_PREFIX = ".partial-"
 
@@ -17,6 +17,17 @@ def write_error(path: Path, error: OSError) -> UniclError:
     return UniclError(f"cannot write {path}: {reason}; free space or choose another folder")
 
 
+def partial_path(path: Path) -> Path:
+    """Return where a file or folder is prepared that will be renamed to `path`: beside it.
+
+    Raises:
+        UsageError: There is no place beside it, for it has no name of its own.
+    """
+    if path.name in ("", ".."):
+        raise UsageError(f"cannot write {path}: it is this folder or one above; name a new place")
+    return path.with_name(f"{PARTIAL_PREFIX}{path.name}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` for writing; rename it to `path` once the block has succeeded.
@@ -24,9 +35,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The block must read no files: any `OSError` in it counts as a failed write.
 
     Raises:
+        UsageError: The path has no name of its own, such as `.`.
         UniclError: The disk is full, the folder is read-only, ...; nothing is left behind.
     """
-    partial = path.with_name(f"{PARTIAL_PREFIX}{path.name}")
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
             yield file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from unicl.data.atomic import PARTIAL_PREFIX, write_error
+from unicl.data.atomic import partial_path, write_error
 from unicl.errors import UniclError, UsageError
 
 
@@ -17,12 +17,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Open a folder beside `folder` to write into; rename it once the block has succeeded.
 
     Raises:
-        UsageError: There is something in `folder` already.
+        UsageError: There is something in `folder` already, or it has no name of its own.
         UniclError: The disk is full, the place is read-only, ...; nothing is left behind.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already; remove it, or choose another folder")
-    partial = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}")
+    partial = partial_path(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
