@@ -14,12 +14,14 @@ from unicl.export.hub import push_to_hub
 from unicl.export.onnx import export_onnx
 from unicl.export.open_clip import export_open_clip
 from unicl.export.safetensors import export_safetensors
-from unicl.models import load, recipe_of
+from unicl.models import OPEN_CLIP, load, recipe_of
 
 logger = logging.getLogger("unicl")
 
 FORMATS = ("open_clip", "onnx", "safetensors")
 """What a model can be exported to."""
+
+_LOCAL = f"{OPEN_CLIP}local-dir:"
 
 
 def export(
@@ -33,6 +35,9 @@ def export(
 ) -> Path:
     """Write a model in another format, compared with the original; perhaps upload it.
 
+    Compared are the embeddings that come out of open_clip's and ONNX's, and every bit of the
+    weights of safetensors.
+
     Args:
         model: what `unicl.models.load` takes.
         out: folder to write; it must not be there yet, or be empty.
@@ -43,12 +48,17 @@ def export(
 
     Raises:
         UsageError: there is no such model or format, or the format cannot express it.
-        UniclError: the export gives other embeddings, or cannot be written or uploaded.
+        UniclError: the export gives other embeddings or weights, or cannot be written or uploaded.
     """
     if to not in FORMATS:
         raise UsageError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
-    loaded = load(model)
     recipe = recipe_of(model)
+    if to == "safetensors" and (recipe.model or "").startswith(_LOCAL):
+        raise UsageError(
+            f"{model} is built from the folder {(recipe.model or '').removeprefix(_LOCAL)}, which "
+            "safetensors' recipe would need elsewhere, too; export it with --format open_clip"
+        )
+    loaded = load(model)
     card = Card(
         name=out.name,
         license=license,

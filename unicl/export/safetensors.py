@@ -1,12 +1,18 @@
 """Our own format: weights and recipe, which any place that takes a model takes, and a card."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from unicl.errors import UniclError
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
 from unicl.towers.two_tower import TwoTower
+
+_WEIGHTS = "model.safetensors"
 
 _USAGE = """
 import unicl
@@ -19,7 +25,7 @@ predictor.classify(["photo.jpg"], ["cat", "dog"])
 def export_safetensors(
     model: TwoTower, folder: Path, *, recipe: str, card: Card | None = None
 ) -> Path:
-    """Write `model.safetensors`, `recipe.toml` and `README.md`.
+    """Write `model.safetensors`, `recipe.toml` and `README.md`, and compare every bit of weights.
 
     Args:
         model: The two towers.
@@ -29,13 +35,30 @@ def export_safetensors(
 
     Raises:
         UsageError: The folder is not empty.
-        UniclError: It cannot be written; nothing is left behind.
+        UniclError: It cannot be written, or other weights come back; nothing is left behind.
     """
     card = card or Card(name=folder.name)
     with new_folder(folder) as partial:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
+        _compare(weights, partial / _WEIGHTS)
         (partial / "recipe.toml").write_text(recipe, encoding="utf-8")
         text = render(card, library="unicl", usage=_USAGE.format(folder=folder.name))
         (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
+
+
+def _compare(weights: Mapping[str, Tensor], path: Path) -> None:
+    written = load_file(path)
+    wrong = sorted(weights.keys() ^ written.keys()) or [
+        name for name, weight in weights.items() if not _same_bits(weight, written[name])
+    ]
+    if wrong:
+        raise UniclError(f"{wrong[0]} comes back otherwise than it was; nothing was exported")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    # As bytes, so that a NaN equals itself.
+    return torch.equal(*(tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (one, other)))

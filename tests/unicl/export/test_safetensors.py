@@ -1,14 +1,18 @@
 """Our own format, its card, and the folder that it goes into."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.unicl.export.towers import random_pixels, small_model
+from unicl.cli import main
+from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UniclError, UsageError
+from unicl.export import safetensors as export
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
 from unicl.export.safetensors import export_safetensors
@@ -85,3 +89,39 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UniclError, match=r"cannot write .*mine: Not a directory") as error:
         export_safetensors(small_model(), tmp_path / "file" / "mine", recipe="")
     assert "\n" not in str(error.value)
+
+
+def test_the_present_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot write \.: .*; name a new place"):
+        export_safetensors(small_model(), Path("."), recipe="")
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a name"])
+def test_what_comes_back_is_compared(tmp_path, monkeypatch, damage):
+    def save_otherwise(weights, path, **options):
+        weights = {name: weight.clone() for name, weight in weights.items()}
+        if damage == "a bit":
+            weights["logit_scale"].view(torch.int32).bitwise_xor_(1)
+        else:
+            del weights["logit_scale"]
+        save_file(weights, path, **options)
+
+    model = small_model()
+    model.text.projection.weight.data[0, 0] = torch.nan  # equals itself here
+    export_safetensors(model, tmp_path / "mine", recipe="")
+    monkeypatch.setattr(export, "save_file", save_otherwise)
+    with pytest.raises(UniclError, match="logit_scale comes back otherwise than it was"):
+        export_safetensors(model, tmp_path / "other", recipe="")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_recipe_of_a_local_folder_stays_where_it_is(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    recipe = recipe_to_toml(Recipe(model="open_clip:local-dir:theirs"))
+    (tmp_path / "run" / "recipe.toml").write_text(recipe)
+    words = ["export", str(tmp_path / "run"), "--format", "safetensors", "--out", "x"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "is built from the folder theirs" in error
+    assert "export it with --format open_clip" in error
