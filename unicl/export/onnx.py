@@ -131,11 +131,13 @@ def _export(tower: _Tower, example: Tensor, path: Path, *, name: str) -> None:
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # torch.export and the exporter raise all sorts
+        program.save(path)
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # torch.export, the exporter and the checker raise all sorts
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's, not the tower's
         reason = str(error).strip().partition("\n")[0]
         raise UniclError(f"torch cannot export the {tower.tower} tower: {reason}") from error
-    program.save(path)
-    onnx.checker.check_model(path, full_check=True)
     _compare(tower, example, path, name=name)
 
 

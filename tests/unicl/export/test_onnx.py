@@ -62,3 +62,16 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match=r"needs onnxscript: pip install 'unicl\[export\]'"):
         export_onnx(small_model(), tmp_path / "mine", image_size=48, context_length=20)
+
+
+@pytest.mark.parametrize("error", [ValueError("no such\noperator"), OSError(28, "No space left")])
+def test_a_graph_that_is_refused_is_one_line(tmp_path, monkeypatch, error):
+    class Program:
+        def save(self, path):
+            raise error
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program())
+    expected = "cannot write .*: No space" if isinstance(error, OSError) else "tower: no such$"
+    with pytest.raises(UniclError, match=expected):
+        export_onnx(small_model(), tmp_path / "mine", image_size=48, context_length=20)
+    assert list(tmp_path.iterdir()) == []
