@@ -4,7 +4,9 @@ import functools
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -187,27 +189,37 @@ class Predictor:
         return torch.cat(embeddings)
 
     def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "3 size size"]:
-        name = str(image) if isinstance(image, str | Path) else f"image {number}"
-        try:
+        if isinstance(image, str | Path):
+            name = str(image)
+        else:  # Pillow's images know the file that they were opened from
+            name = getattr(image, "filename", "") or f"image {number}"
+        with naming(name):
             if isinstance(image, str | Path):
                 return self.transform(open_image(read_image(str(image))), 0)
             if isinstance(image, Image.Image) and 0 in image.size:
                 raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
             return self.transform(image if isinstance(image, Image.Image) else _picture(image), 0)
-        except FileNotFoundError as error:
-            raise UsageError(f"there is no image file {name}") from error
-        except (OSError, UndecodableImage) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}") from error
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in one line which image could not be read, and why."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no image file {name}") from error
+    except (OSError, UndecodableImage) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def read_image(place: str) -> bytes:
     """Read an image's file, or fetch it by its URL.
 
     Raises:
-        OSError: it is not there, or larger than 256 MiB.
+        OSError: it is not there, does not come whole, or is larger than 256 MiB.
     """
     if not _URL.match(place):
         return Path(place).read_bytes()
@@ -216,6 +228,8 @@ def read_image(place: str) -> bytes:
             data = answer.read(_MAX_BYTES + 1)
     except urllib.error.URLError as error:  # an OSError whose words are in its reason
         raise OSError(str(error.reason)) from error
+    except HTTPException as error:  # no OSError, though a URL with a space in it raises one
+        raise OSError(str(error) or type(error).__name__) from error
     if len(data) > _MAX_BYTES:
         raise OSError(f"it has more than {_MAX_BYTES >> 20} MiB")
     return data

@@ -1,4 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
+from http.client import IncompleteRead
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -208,10 +210,31 @@ def test_a_url_is_fetched(tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_url, by_path)
 
 
-@pytest.mark.parametrize("place", ["file:///nowhere/image.png", "http://127.0.0.1:1/image.png"])
+@pytest.mark.parametrize(
+    "place",
+    ["file:///nowhere/image.png", "http://127.0.0.1:1/image.png", "http://127.0.0.1:1/my cat.png"],
+)
 def test_a_url_that_leads_nowhere(place: str) -> None:
     with pytest.raises(UniclError, match=f"cannot read {place}: "):
         predictor().embed_images([place])
+
+
+def test_a_url_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise IncompleteRead(b"half", 4)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer())
+    with pytest.raises(UniclError, match=r"cannot read http://h/cat\.png: IncompleteRead"):
+        predictor().embed_images(["http://h/cat.png"])
+
+
+def test_a_picture_is_called_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "half.png"
+    Image.fromarray(noise(0, 60, 80, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UniclError, match=r"cannot read .*half\.png: "), Image.open(path) as picture:
+        predictor().embed_images([picture])
 
 
 def test_half_precision_is_asked_for_by_name() -> None:
