@@ -85,7 +85,7 @@ def build(
     plan: Plan,
     texts: Float32[np.ndarray, "num_texts dim"] | None,
     say: Callable[[str], None],
-) -> None:
+) -> Added:
     """Make an index of blocks of embeddings with their items.
 
     Raises:
@@ -94,7 +94,8 @@ def build(
     say("reading the embeddings")
     path = draft.path / "vectors.f32"
     with VectorFile(path) as file, ItemWriter(draft.path) as writer:
-        for block, items in _Newcomers(blocks, (), None):
+        newcomers = _Newcomers(blocks, (), None)
+        for block, items in newcomers:
             file.write(block)
             writer.write(items)
     if file.dim is None:
@@ -102,9 +103,7 @@ def build(
     if texts is not None:
         require_unit(texts, file.dim, what="the texts' embeddings")
     vectors = file.read()
-    kind: Kind = "exact" if plan.kind == "exact" else "approximate"
-    if plan.kind == "auto" and vectors.nbytes <= _EXACT_BYTES:
-        kind = "exact"
+    kind = chosen_kind(plan.kind, *vectors.shape)
     if kind == "exact":
         facts = _write_exact(draft, vectors)
     else:
@@ -122,6 +121,15 @@ def build(
             facts=facts,
         )
     )
+    return Added(newcomers.num_added, newcomers.num_skipped)
+
+
+def chosen_kind(wanted: str, num_items: int, dim: int) -> Kind:
+    """What an index of so many embeddings becomes; `wanted` is a kind or "auto"."""
+    num_bytes = num_items * dim * np.dtype(np.float32).itemsize
+    if wanted == "exact" or (wanted == "auto" and num_bytes <= _EXACT_BYTES):
+        return "exact"
+    return "approximate"
 
 
 def _write_exact(draft: Draft, vectors: Float32[np.ndarray, "num_items dim"]) -> Facts:
@@ -172,14 +180,18 @@ def _write_lists(
 
 
 def rebuild(
-    draft: Draft, former: State, blocks: Iterable[Block], say: Callable[[str], None]
+    draft: Draft,
+    former: State,
+    blocks: Iterable[Block],
+    texts: Float32[np.ndarray, "num_texts dim"] | None,
+    say: Callable[[str], None],
 ) -> Added:
     """Add to an exact index; one that was left to choose its kind may become approximate."""
     old = former.description
     known = (item.key for item in former.items)
     newcomers = _Newcomers(blocks, known, old.dim)
     plan = Plan(old.model, old.fingerprint, old.wanted_kind, old.wanted_recall)
-    build(draft, chain(former.blocks(), newcomers), plan, None, say)
+    build(draft, chain(former.blocks(), newcomers), plan, texts, say)
     return Added(newcomers.num_added, newcomers.num_skipped)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from unicl.errors import UsageError
-from unicl.search.change import Added, Plan, build, extend, rebuild
+from unicl.search.change import Added, Plan, build, chosen_kind, extend, rebuild
 from unicl.search.folder import Facts, Kind, drafting
 from unicl.search.items import Item, Items
 from unicl.search.state import Block, State
@@ -36,6 +36,8 @@ class SearchIndex:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._state = State.now(folder)
+        self.num_skipped = 0
+        """Items that `build` left out, for an item before them had their key."""
 
     @classmethod
     def build(
@@ -52,7 +54,8 @@ class SearchIndex:
     ) -> "SearchIndex":
         """Make an index in a folder; one that is there is replaced once the new one is complete.
 
-        Of items with one key the first is taken. While it works, the embeddings lie in the folder.
+        Of items with one key the first is taken, and `num_skipped` says how many others there were.
+        While it works, the embeddings lie in the folder.
 
         Args:
             folder: Where it goes.
@@ -72,15 +75,13 @@ class SearchIndex:
             UniclError: The folder cannot be written.
         """
         folder = Path(folder)
-        if kind not in _KINDS:
-            kinds = ", ".join(_KINDS)
-            raise UsageError(f"there is no kind of index {kind!r}; choose from {kinds}")
-        if not 0 < recall <= 1:
-            raise UsageError(f"recall must be above 0 and at most 1, got {recall}")
+        require_setting(kind, recall)
         plan = Plan(model, fingerprint, kind, recall)
         with drafting(folder) as draft:
-            build(draft, blocks, plan, texts, progress or _say_nothing)
-        return cls(folder)
+            built = build(draft, blocks, plan, texts, progress or _say_nothing)
+        index = cls(folder)
+        index.num_skipped = built.num_skipped
+        return index
 
     @classmethod
     def open(cls, folder: str | Path) -> "SearchIndex":
@@ -98,6 +99,7 @@ class SearchIndex:
         *,
         model: str,
         fingerprint: str,
+        texts: Float32[np.ndarray, "num_texts dim"] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Added:
         """Add items; if anything fails, the index stays as it was.
@@ -111,6 +113,8 @@ class SearchIndex:
             blocks: Unit-length embeddings [n, dim] with their items; gone through once.
             model: Name of the model that made them.
             fingerprint: Fingerprint of that model.
+            texts: As in `build`, for an exact index that becomes approximate; one that is so
+                already keeps its own.
             progress: Told in a few words what is done, whenever that changes.
 
         Raises:
@@ -121,8 +125,11 @@ class SearchIndex:
         with drafting(self.folder) as draft:
             former = State.now(self.folder)  # Another process may have added to it meanwhile.
             former.require_model(model, fingerprint)
-            change = rebuild if former.description.kind == "exact" else extend
-            added = change(draft, former, blocks, progress or _say_nothing)
+            say = progress or _say_nothing
+            if former.description.kind == "exact":
+                added = rebuild(draft, former, blocks, texts, say)
+            else:
+                added = extend(draft, former, blocks, say)
         self._state = State.now(self.folder)
         return added
 
@@ -185,6 +192,14 @@ class SearchIndex:
         """What it is; never "auto"."""
         return self._state.description.kind
 
+    def kind_with(self, num_more: int) -> Kind:
+        """What it would be with so many further items."""
+        description = self._state.description
+        if description.kind == "approximate":
+            return "approximate"
+        num_items = description.num_items + num_more
+        return chosen_kind(description.wanted_kind, num_items, description.dim)
+
     @property
     def facts(self) -> Facts:
         """What was measured after its last change."""
@@ -194,6 +209,19 @@ class SearchIndex:
     def items(self) -> Items:
         """What each row is."""
         return self._state.items
+
+
+def require_setting(kind: str, recall: float) -> None:
+    """Refuse a kind or a recall that `SearchIndex.build` does not know.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if kind not in _KINDS:
+        kinds = ", ".join(_KINDS)
+        raise UsageError(f"there is no kind of index {kind!r}; choose from {kinds}")
+    if not 0 < recall <= 1:
+        raise UsageError(f"recall must be above 0 and at most 1, got {recall}")
 
 
 def _say_nothing(words: str) -> None:

@@ -198,6 +198,7 @@ def test_a_key_is_taken_once(folder: Path, kind: str) -> None:
     vectors = unit(200)
     twice = [*blocks(vectors[:100]), *blocks(-vectors[:100])]
     index = SearchIndex.build(folder, twice, kind=kind, **MODEL)
+    assert index.num_skipped == 100
     assert index.num_items == 100
     assert index.add(blocks(vectors), **MODEL) == Added(100, 100)
     before = state(folder)
