@@ -2,30 +2,44 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet, open_images
+from unicl.data.augment import open_image
+from unicl.data.image_sets import (
+    KNOWN_SETS,
+    CaptionSet,
+    ClassificationSet,
+    ImageSet,
+    open_images,
+)
 from unicl.distributed import joined
-from unicl.errors import UsageError
+from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
 from unicl.evaluator import Options, setting_of
 from unicl.models import choose_device, load
-from unicl.predictor import Predictor, read_image
-from unicl.search.collection import Collection
+from unicl.predictor import Predictor, naming, read_image
+from unicl.search.change import chosen_kind
+from unicl.search.collection import Collection, require_empty
 from unicl.search.gallery import Answer, write_gallery
-from unicl.search.index import Found, SearchIndex
+from unicl.search.index import Found, SearchIndex, require_setting
 from unicl.search.items import Item
 from unicl.search.state import Block
 
 logger = logging.getLogger("unicl")
+
+# Different texts of a collection that recall is measured with: as many as images.
+_NUM_TEXTS = 1000
 
 
 def embed(model: str | Path, data: str, options: Options) -> Collection | None:
@@ -38,10 +52,12 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
         UsageError: there is no such set, or the folder is not empty.
         UniclError: the model cannot be loaded, or no image can be read.
     """
-    if options.out is None:
+    out = options.out
+    if out is None:
         raise UsageError("where shall the embeddings go? name a folder with --out")
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
+        ranks.together(lambda: require_empty(out))
         images = ranks.together(
             lambda: open_images(
                 data, split=options.split, root=options.root, download=options.download
@@ -58,33 +74,37 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
 
             def with_items() -> Iterator[Block]:
                 for block in blocks:
-                    items = [_item(images, int(row), options) for row in block.rows]
-                    yield block.embeddings.numpy(), items
+                    yield block.embeddings.numpy(), _items(images, block.rows.tolist(), options)
                     bar.update(line, advance=len(block.rows) + sum(block.skipped.values()))
 
             written = Collection.write(
-                options.out, with_items(), model=loaded.name, fingerprint=loaded.fingerprint
+                out, with_items(), model=loaded.name, fingerprint=loaded.fingerprint
             )
-        logger.info("%d embeddings of width %d in %s", written.num_items, written.dim, options.out)
+        logger.info("%d embeddings of width %d in %s", written.num_items, written.dim, out)
         return written
 
 
-def _item(images: ImageSet, row: int, options: Options) -> Item:
-    """Say what a row is, and how its image is found again: by its path, or in its set."""
-    key, number = images.locate(row)
-    path = images.path(row)
-    if path is not None:
-        where = str(path)
-    else:
-        place = {
-            "set": str(Path(images.name).absolute()) if Path(images.name).is_dir() else images.name,
-            "root": str(options.root.absolute()),
-            "split": options.split,
-            "row": row,
-        }
-        where = json.dumps(place)
-        key = f"{key}:{number}"
-    return Item(f"{images.name}/{key}", where, _text(images, row))
+def _items(images: ImageSet, rows: Iterable[int], options: Options) -> list[Item]:
+    """Say what rows are, and how their images are found again: by their path, or in their set.
+
+    The key is the same from whatever folder and by whatever path the set is opened, and another
+    one in another part of it.
+    """
+    known = images.name in KNOWN_SETS
+    source = images.name if known else str(Path(images.name).resolve())
+    items = []
+    for row in rows:
+        place, number = images.locate(row)
+        path = images.path(row)
+        if path is not None:
+            where = str(path)
+        else:
+            root = str(options.root.absolute())
+            where = json.dumps({"set": source, "root": root, "split": options.split, "row": row})
+            place = f"{place}:{number}"
+        key = "/".join(part for part in (source, images.split, place) if part)
+        items.append(Item(key, where, _text(images, row)))
+    return items
 
 
 def _text(images: ImageSet, row: int) -> str:
@@ -100,10 +120,17 @@ def build_index(
 ) -> SearchIndex:
     """Build an index of one collection or several of one model.
 
+    The recall of an approximate one is held to for the items' texts, too, if the model is there.
+
     Raises:
-        UsageError: a folder holds no embeddings, or they are of several models.
+        UsageError: a folder holds no embeddings, they are of several models, or a setting is
+            impossible.
+        UniclError: embeddings are damaged, or the index cannot be written.
     """
+    require_setting(kind, recall)
     opened = _open_collections(collections)
+    num_items = sum(collection.num_items for collection in opened)
+    approximate = chosen_kind(kind, num_items, opened[0].dim) == "approximate"
     index = SearchIndex.build(
         folder,
         _blocks(opened),
@@ -111,10 +138,38 @@ def build_index(
         fingerprint=opened[0].fingerprint,
         kind=kind,
         recall=recall,
+        texts=_embedded_texts(opened) if approximate else None,
         progress=_say,
     )
-    logger.info("%d items in %s: %s", index.num_items, folder, index.facts.summary())
+    logger.info(
+        "%d items in %s, %d were there twice: %s",
+        index.num_items,
+        folder,
+        index.num_skipped,
+        index.facts.summary(),
+    )
     return index
+
+
+def _embedded_texts(
+    collections: Sequence[Collection],
+) -> Float[np.ndarray, "num_texts dim"] | None:
+    """Embed some of the items' texts, as a search will embed its own; None if that cannot be."""
+    items = (item for _, block in _blocks(collections) for item in block)
+    texts = list(dict.fromkeys(item.text for item in items if item.text))
+    if not texts:
+        return None
+    _say("embedding texts to measure recall with")
+    first = collections[0]
+    try:
+        loaded = load(first.model, device="auto")
+        if loaded.fingerprint != first.fingerprint:
+            raise UniclError(f"{first.model} is not what it was when it embedded the images")
+        chosen = random.Random(0).sample(texts, min(len(texts), _NUM_TEXTS))
+        return Predictor(loaded).embed_texts(chosen)
+    except UniclError as error:
+        logger.warning("recall is measured for images only, not for texts: %s", error)
+        return None
 
 
 def add_to_index(folder: Path, collections: Sequence[Path]) -> SearchIndex:
@@ -125,8 +180,15 @@ def add_to_index(folder: Path, collections: Sequence[Path]) -> SearchIndex:
     """
     opened = _open_collections(collections)
     index = SearchIndex.open(folder)
+    index.require_model(opened[0].model, opened[0].fingerprint)
+    num_more = sum(collection.num_items for collection in opened)
+    turns = index.kind == "exact" and index.kind_with(num_more) == "approximate"
     added = index.add(
-        _blocks(opened), model=opened[0].model, fingerprint=opened[0].fingerprint, progress=_say
+        _blocks(opened),
+        model=opened[0].model,
+        fingerprint=opened[0].fingerprint,
+        texts=_embedded_texts(opened) if turns else None,
+        progress=_say,
     )
     logger.info(
         "added %d items, %d were there; %d in %s: %s",
@@ -194,6 +256,7 @@ def search(
         UniclError: the model is not there any more, or an image cannot be read.
     """
     opened = SearchIndex.open(index)
+    read = [_read(str(image)) for image in images]
     loaded = load(opened.model if model is None else model, device=device)
     opened.require_model(loaded.name, loaded.fingerprint)
     predictor = Predictor(loaded)
@@ -201,15 +264,25 @@ def search(
     if texts:
         queries.append(predictor.embed_texts(list(texts)))
     if images:
-        queries.append(predictor.embed_images(list(images)))
+        queries.append(predictor.embed_images([picture for _, picture in read]))
     found = opened.search(np.concatenate(queries), k)
-    shown = [*((text, None) for text in texts), *((str(i), read_image(str(i))) for i in images)]
+    shown: list[tuple[str, bytes | None]] = [(text, None) for text in texts]
+    shown += [(str(image), file) for image, (file, _) in zip(images, read, strict=True)]
     return Searched(
         opened,
         tuple(
             Answer(query, hits, image) for (query, image), hits in zip(shown, found, strict=True)
         ),
     )
+
+
+def _read(place: str) -> tuple[bytes, Image.Image]:
+    """Read an image once: its bytes to be shown, and what they hold to be embedded."""
+    with naming(place):
+        file = read_image(place)
+        picture = open_image(file)
+    picture.filename = place  # type: ignore[attr-defined]  # what an error will call it
+    return file, picture
 
 
 def show(searched: Searched) -> None:
