@@ -38,7 +38,17 @@ def test_mistakes_are_one_line(words, code, message, capsys, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-@pytest.mark.parametrize("words", [["demo"], ["prepare", "x", "--out", "y"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["prepare", "x", "--out", "y"],
+        ["index", "x", "--out", "y"],
+        ["search", "x", "a cat"],
+        ["export", "x", "--format", "onnx", "--out", "y"],
+        ["report", "x", "--out", "y"],
+    ],
+)
 def test_what_is_for_one_process_refuses_ranks(words, variable, capsys, monkeypatch):
     monkeypatch.setenv(variable, "2")
     assert main(words) == 2

@@ -2,12 +2,11 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
+from unicl.cli.ranks import refuse_ranks
 from unicl.config import load_recipe, recipe_names
-from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
 
@@ -116,14 +115,14 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    _refuse_ranks("demo")
+    refuse_ranks("demo")
     from unicl.demo import run_demo
 
     run_demo(arguments.out, overrides=overrides, compare_clip=arguments.compare_clip)
 
 
 def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    _refuse_ranks("prepare")
+    refuse_ranks("prepare")
     from unicl.data.prepare import prepare, progress_bar
 
     with progress_bar(arguments.source) as progress:
@@ -136,13 +135,6 @@ def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
             progress=progress,
         )
     logger.info("%s", prepared)
-
-
-def _refuse_ranks(command: str) -> None:
-    """Stop what several ranks would all do into one folder."""
-    started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
-    if started != "1":
-        raise UsageError(f"unicl {command} is for one process, not {started}; start it by itself")
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

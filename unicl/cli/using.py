@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unicl.cli.ranks import refuse_ranks
 from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
@@ -93,9 +94,10 @@ def _add_index(commands: Any) -> None:
     command.add_argument(
         "--add", action="store_true", help="add to the index that is there; items it has stay"
     )
-    command.add_argument("--kind", default="auto", help="auto (default), exact or approximate")
+    # Without defaults, so that --add can refuse what was given.
+    command.add_argument("--kind", help="auto (default), exact or approximate")
     command.add_argument(
-        "--recall", type=float, default=0.95, metavar="R", help="wanted recall at 10 (default 0.95)"
+        "--recall", type=float, metavar="R", help="wanted recall at 10 (default 0.95)"
     )
     command.set_defaults(run=_index, takes_overrides=False)
 
@@ -232,17 +234,24 @@ def _embed(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _index(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    refuse_ranks("index")
     from unicl.searching import add_to_index, build_index
 
-    if arguments.add:
-        add_to_index(arguments.out, arguments.embeddings)
-    else:
-        build_index(
-            arguments.out, arguments.embeddings, kind=arguments.kind, recall=arguments.recall
+    settings = {"kind": arguments.kind, "recall": arguments.recall}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not arguments.add:
+        build_index(arguments.out, arguments.embeddings, **given)
+    elif given:
+        raise UsageError(
+            f"--{next(iter(given))} is for a new index, --add keeps the index's own; leave it out, "
+            "or build the index again"
         )
+    else:
+        add_to_index(arguments.out, arguments.embeddings)
 
 
 def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    refuse_ranks("search")
     from unicl.searching import search, show, to_json, write_page
 
     if not arguments.queries and not arguments.image:
@@ -265,6 +274,7 @@ def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    refuse_ranks("export")
     from unicl.exporting import export
 
     export(
@@ -278,6 +288,7 @@ def _export(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    refuse_ranks("report")
     from unicl.reporting import report
 
     report(arguments.runs, arguments.out, csv=arguments.csv)
