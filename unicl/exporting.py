@@ -92,6 +92,6 @@ def export(
 def _metrics(model: str | Path) -> Mapping[str, float]:
     """What `unicl eval` has measured of it, for the card."""
     return {
-        f"{result.task} {result.dataset}: {result.headline}": result.metrics[result.headline]
+        f"{result.task} {result.name}: {result.headline}": result.metrics[result.headline]
         for result in read_results(results_folder(model))
     }

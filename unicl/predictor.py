@@ -21,7 +21,13 @@ from torch import Tensor
 from unicl.data.augment import UndecodableImage, open_image
 from unicl.data.prompts import TEMPLATES
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.embeddings import computing_in, device_of, embed_texts, evaluating
+from unicl.evaluation.embeddings import (
+    autocast_of,
+    computing_in,
+    device_of,
+    embed_texts,
+    evaluating,
+)
 from unicl.evaluation.zero_shot import class_embeddings, rank_classes, require_unique
 from unicl.towers.pretrained import Pretrained
 
@@ -33,7 +39,6 @@ Images = Sequence[ImageInput] | NDArray[np.uint8]
 """A list of them, or an array of bytes with one more axis in front."""
 
 _IMAGES = (str, Path, Image.Image, np.ndarray)
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _URL = re.compile(r"(https?|file)://")
 _MAX_BYTES = 1 << 28
 _SECONDS_TO_FETCH = 30
@@ -50,14 +55,12 @@ class Predictor:
 
     def __init__(self, model: Pretrained, *, batch_size: int = 64, precision: str = "fp32") -> None:
         _require_count(batch_size, "batch_size")
-        if precision not in _AUTOCAST:
-            raise UsageError(f"precision must be one of {', '.join(_AUTOCAST)}, got {precision!r}")
+        self._autocast = autocast_of(precision)
         model.model.eval()
         self.model = model.model
         self.tokenize = model.tokenize
         self.transform = model.transform
         self.batch_size = batch_size
-        self._autocast = _AUTOCAST[precision]
         # The same names are asked for again and again; safe for threads, unlike a dict of ours.
         self._classifier = functools.lru_cache(maxsize=8)(self._build_classifier)
 
