@@ -20,7 +20,7 @@ from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
 
-_OF_RECIPES = (["demo"], ["train"], ["verify-gradients"], ["plan"])
+_OF_RECIPES = ("demo", "train", "verify-gradients", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Part the recipe's keys (`--a.b VALUE`, `--a.b=VALUE`) from a command's own options."""
+    # The deepspeed launcher puts an option of its own before the command.
+    command = next((word for word in words if not word.startswith("-")), "")
     # Elsewhere such a word may be an option of the command's own.
-    top_level = {field.name for field in fields(Recipe)} if words[:1] in _OF_RECIPES else set()
+    top_level = {field.name for field in fields(Recipe)} if command in _OF_RECIPES else set()
     plain, overrides = [], {}
     rest = iter(words)
     for word in rest:
