@@ -142,10 +142,10 @@ def build_index(
         progress=_say,
     )
     logger.info(
-        "%d items in %s, %d were there twice: %s",
+        "%d items in %s%s: %s",
         index.num_items,
         folder,
-        index.num_skipped,
+        f", {index.num_skipped} were there twice" if index.num_skipped else "",
         index.facts.summary(),
     )
     return index
@@ -317,6 +317,7 @@ def to_json(searched: Searched) -> str:
             for answer in searched.answers
         ],
         indent=1,
+        ensure_ascii=False,
     )
 
 

@@ -61,7 +61,7 @@ def test_the_parts_of_a_set_are_different_items(
         embedded("shards", part, split=part)
     assert len({*keys("train", "test")}) == 24
     assert build_index(Path("index"), [Path("train"), Path("test")]).num_items == 24
-    assert "24 items in index, 0 were there twice" in caplog.text
+    assert "24 items in index: exact" in caplog.text
 
 
 def test_one_folder_by_two_paths_is_one_folder(
