@@ -106,6 +106,8 @@ def evaluate(
         UniclError: the model cannot be loaded, or images cannot be read.
     """
     options = Options() if options is None else options
+    if isinstance(data, str):  # to Python a list of letters
+        raise UsageError(f"data must be a list, got one str: put {data!r} in brackets")
     if task not in TASKS:
         known = ", ".join(TASKS)
         raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")

@@ -13,9 +13,11 @@ from unicl.cli import main
 from unicl.config import parse_recipe
 from unicl.data.augment import open_image
 from unicl.data.image_sets import open_image_set
+from unicl.errors import UsageError
 from unicl.evaluation.answers import load_answers
 from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.results import read_results
+from unicl.evaluator import evaluate
 from unicl.predictor import Predictor
 
 
@@ -75,6 +77,11 @@ def test_every_protocol_leaves_a_result(capsys: pytest.CaptureFixture[str]) -> N
     named = probe.predict(torch.from_numpy(features)) == torch.from_numpy(opened.targets[:50])
     assert named.float().mean() > 0.5
     assert Path("all.csv").read_text().startswith("dataset,model,pretrained,task,")
+
+
+def test_one_set_is_a_list_of_one() -> None:
+    with pytest.raises(UsageError, match="put 'digits' in brackets"):
+        evaluate("run", "zero-shot", "digits")
 
 
 def test_the_paper_stands_beside(capsys: pytest.CaptureFixture[str], place: Path) -> None:
