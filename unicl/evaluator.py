@@ -85,6 +85,11 @@ class Options:
     seed: int = 0
     """Few-shot: decides the episodes."""
 
+    @property
+    def ensemble(self) -> tuple[str, ...] | None:
+        """The prompt ensemble that `templates` names; None is each set's own."""
+        return None if self.templates is None else TEMPLATES[self.templates]
+
 
 def evaluate(
     model: str | Path, task: str, data: Sequence[str], options: Options | None = None
@@ -281,8 +286,7 @@ def _run(
         )
         return result, _keep_nothing
     if task == "zero-shot":
-        templates = None if options.templates is None else TEMPLATES[options.templates]
-        result, answers = protocols.zero_shot(model, test, setting, templates=templates)
+        result, answers = protocols.zero_shot(model, test, setting, templates=options.ensemble)
         named = {"templates": options.templates or "the set's own"}
         result = replace(result, protocol={**result.protocol, **named})
         return result, partial(save_answers, answers, test) if answers else _keep_nothing

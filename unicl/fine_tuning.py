@@ -17,7 +17,6 @@ from unicl.build import train
 from unicl.config import Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.prepare import is_finished, prepare, progress_bar
-from unicl.data.prompts import TEMPLATES
 from unicl.data.shards import SampleError, ShardSet
 from unicl.data.sources import Entry, SkippedEntry, image_type
 from unicl.distributed import find_launch, joined
@@ -77,8 +76,7 @@ def fine_tune(
             result = protocols.retrieval(tuned, test, setting)
             result = replace(result, task="retrieval_fine_tuned")
         else:
-            templates = None if options.templates is None else TEMPLATES[options.templates]
-            result, _ = protocols.zero_shot(tuned, test, setting, templates=templates)
+            result, _ = protocols.zero_shot(tuned, test, setting, templates=options.ensemble)
             result = replace(result, task="fine_tune")
         from_ = {"from": str(model), "steps": recipe.trainer.steps}
         result = replace(result, protocol={**result.protocol, **from_})
