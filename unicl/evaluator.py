@@ -264,7 +264,7 @@ def _open(task: str, name: str, options: Options) -> _Parts:
     if "train" not in test.splits:
         has = f"only {', '.join(test.splits)}" if test.splits else "no parts"
         raise UsageError(f"a linear probe is fitted on a train split; {name} has {has}")
-    validation = part("val") if "val" in test.splits and options.split != "val" else None
+    validation = part("val") if "val" in test.splits and test.split != "val" else None
     return _Parts(test, part("train"), validation)
 
 

@@ -65,7 +65,7 @@ def test_a_set_that_no_paper_has() -> None:
 
 
 def test_what_is_equal_is_no_difference() -> None:
-    html = page(result("zero_shot", "imagenet", num_templates=80))
+    html = page(result("zero_shot", "imagenet", num_templates=80, split="val"))
     assert differences(html) == [
         "image size: ours and Florence (CoSwin-H) 384 px; CLIP (ViT-L/14) 336 px"
     ]

@@ -13,7 +13,7 @@ from unicl.data.image_sets.clip_classes import DEFAULT_TEMPLATES
 from unicl.data.image_sets.image_set import (
     ClassificationSet,
     ImageSet,
-    require_split,
+    choose_split,
     require_whole,
 )
 from unicl.data.image_sets.images import ImageFiles
@@ -32,7 +32,7 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     """
     parts = _parts(folder)
     if parts:
-        require_split(str(folder), split, tuple(parts))
+        split = choose_split(str(folder), split, tuple(parts))
     else:
         require_whole(str(folder), split)
     part = parts.get(split, folder)
@@ -79,11 +79,7 @@ def _parts(folder: Path) -> dict[str, Path]:
     # A class may well be called "train".
     if not found or not found <= set(_PARTS):
         return {}
-    if "val" in found and "test" not in found:
-        names = {"train": "train", "test": "val"}
-    else:
-        names = {name: name for name in _PARTS}
-    return {split: folder / name for split, name in names.items() if name in found}
+    return {name: folder / name for name in _PARTS if name in found}
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from unicl.data.image_sets.image_set import ClassificationSet, require_split
+from unicl.data.image_sets.image_set import ClassificationSet, choose_split
 from unicl.data.image_sets.images import PixelArray
 from unicl.errors import UniclError
 
@@ -20,7 +20,7 @@ def open_digits(*, split: str) -> ClassificationSet:
         UsageError: There is no such split.
         UniclError: scikit-learn is not installed.
     """
-    require_split("digits", split, tuple(_SPLITS))
+    split = choose_split("digits", split, tuple(_SPLITS))
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

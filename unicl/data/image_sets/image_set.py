@@ -1,5 +1,6 @@
 """What an evaluation needs of a set of images: the images, and their classes or captions."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,8 @@ from jaxtyping import Bool, Int64
 from unicl.data.image_sets.images import ImageFiles, Images
 from unicl.data.shards import RawSample
 from unicl.errors import UsageError
+
+logger = logging.getLogger("unicl")
 
 Metric = Literal["top1", "mean_per_class", "map11", "map"]
 
@@ -108,14 +111,19 @@ class CaptionSet(ImageSet):
     """The captions of each image."""
 
 
-def require_split(name: str, split: str, splits: tuple[str, ...]) -> None:
-    """Refuse a split that a set does not have.
+def choose_split(name: str, split: str, splits: tuple[str, ...]) -> str:
+    """Return the split of a set that is asked about: `val` for `test` where only that is there.
 
     Raises:
         UsageError: It has other splits.
     """
-    if split not in splits:
-        raise UsageError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    if split in splits:
+        return split
+    # As everywhere with ImageNet, whose test part has no labels.
+    if split == "test" and "val" in splits:
+        logger.info("%s has no test part, its val is taken", name)
+        return "val"
+    raise UsageError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
 
 
 def require_whole(name: str, split: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unicl.data.image_sets.image_set import CaptionSet, require_split
+from unicl.data.image_sets.image_set import CaptionSet, choose_split
 from unicl.data.image_sets.images import ImageFiles
 from unicl.errors import UniclError, UsageError
 
@@ -47,7 +47,7 @@ def open_karpathy(name: str, *, split: str, root: Path) -> CaptionSet:
     Each image has its first five captions.
     """
     karpathy = KARPATHY_SETS[name]
-    require_split(name, split, tuple(karpathy.parts))
+    split = choose_split(name, split, tuple(karpathy.parts))
     folder = root / name
     path = folder / karpathy.splits_file
     try:

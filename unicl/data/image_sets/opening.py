@@ -32,8 +32,8 @@ def open_image_set(
         spec: A name in `KNOWN_SETS`, or a folder: of one folder of images per class, of
             CLIP_benchmark's WebDataset tars, or of prepared shards. A folder that is itself called
             by a known name is `./NAME`.
-        split: `train`, `val` or `test`. A folder without parts is its own `test`; a folder of
-            classes with `val` and no `test` has it as its test.
+        split: `train`, `val` or `test`. A folder without parts is its own `test`; of a set with
+            `val` and no `test` it is `val`, and the set says so.
         root: Known sets lie in `root/NAME`.
         download: Fetch a known set that is not there, where its publisher still offers it. What is
             there is neither fetched nor hashed again.

@@ -10,7 +10,7 @@ from unicl.data.hash_table import TextHashTable, normalise
 from unicl.data.image_sets.image_set import (
     CaptionSet,
     ClassificationSet,
-    require_split,
+    choose_split,
     require_whole,
 )
 from unicl.data.image_sets.images import TarImages
@@ -45,7 +45,7 @@ def open_prepared(folder: Path, *, split: str, kind: str | None) -> Classificati
         require_whole(str(folder), split)
         split = ""
     else:
-        require_split(str(folder), split, tuple(parts))
+        split = choose_split(str(folder), split, tuple(parts))
     shards = ShardSet.open(parts[split], strict=True)
     if kind is None:
         kind = "classes" if "classes" in shards.info else "captions"

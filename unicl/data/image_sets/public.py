@@ -7,7 +7,7 @@ on it and fits the final probe on `train` and `val` together. What differs from 
   30 images chosen by a hash of their names are `train` and the others `test`.
 - SUN397 is split by its first partition (`Training_01.txt` and `Testing_01.txt`, 50 images per
   class each) if those files lie in `root/sun397`; otherwise a hash chooses as many.
-- ImageNet's `test` is its validation set, as everywhere.
+- ImageNet has no `test` with labels: its `val` is reported, as everywhere.
 """
 
 import os
@@ -24,7 +24,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import make_dataset
 
 from unicl.data.image_sets.clip_classes import class_names, class_numbers, templates
-from unicl.data.image_sets.image_set import ClassificationSet, Metric, require_split
+from unicl.data.image_sets.image_set import ClassificationSet, Metric, choose_split
 from unicl.data.image_sets.images import ImageFiles, Images, PixelArray
 from unicl.data.shard_index import IMAGE_EXTENSIONS
 from unicl.errors import UniclError, UsageError
@@ -63,7 +63,7 @@ class _PublicSet:
 def open_public(name: str, *, split: str, root: Path, download: bool) -> ClassificationSet:
     """Open a split of a public set in `root/NAME`; see `opening.open_image_set`."""
     public = PUBLIC_SETS[name]
-    require_split(name, split, public.splits)
+    split = choose_split(name, split, public.splits)
     folder = root / name
     missing = _missing(public, folder, split)
     if missing and download and public.fetch is not None:
@@ -248,7 +248,7 @@ def _read_flowers(folder: Path, split: str) -> _Labelled:
 
 def _read_imagenet(folder: Path, split: str) -> _Labelled:
     # Not torchvision's class, which wants its archive of synsets: sorted, they are CLIP's order.
-    base = folder / {"train": "train", "test": "val"}[split]
+    base = folder / split
     names = sorted(path.name for path in base.iterdir() if path.is_dir() and path.name[0] != ".")
     if len(names) != len(class_names("imagenet")):
         raise UniclError(f"{base} has {len(names)} folders of classes, not 1000")
@@ -371,13 +371,12 @@ PUBLIC_SETS: dict[str, _PublicSet] = {
     "imagenet": _PublicSet(
         metric="top1",
         read=_read_imagenet,
-        files=lambda split: ({"train": "train", "test": "val"}[split],),
+        files=lambda split: (split,),
         by_hand="put the archives of its images and ILSVRC2012_devkit_t12.tar.gz there from "
         "https://image-net.org, and --download unpacks them",
         offered=False,
-        fetch=lambda folder, split: datasets.ImageNet(
-            folder, {"train": "train", "test": "val"}[split]
-        ),
+        fetch=lambda folder, split: datasets.ImageNet(folder, split),
+        splits=("train", "val"),
     ),
 }
 """By name, in the order of Florence's table 1."""

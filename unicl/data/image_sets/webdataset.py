@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unicl.data.image_sets.class_folder import read_lines, read_templates
-from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, Metric, require_split
+from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, Metric, choose_split
 from unicl.data.image_sets.images import TarImages
 from unicl.data.shard_index import (
     IMAGE_EXTENSIONS,
@@ -43,7 +43,7 @@ def open_webdataset(folder: Path, *, split: str) -> ClassificationSet | CaptionS
     The headers of all tars are read once, the images when they are needed.
     """
     splits = _splits(folder)
-    require_split(str(folder), split, splits)
+    split = choose_split(str(folder), split, splits)
     kind = " ".join(read_lines(folder / "dataset_type.txt") or ["classification"]).lower()
     if kind not in _LABELS:
         raise UsageError(f"{folder / 'dataset_type.txt'} says {kind!r}, not {' or '.join(_LABELS)}")

@@ -91,7 +91,7 @@ _ASPECTS = (
     _Aspect(
         "part of the set",
         lambda result: _recorded("split")(result) or "the whole folder",
-        _always("test"),
+        lambda peer, dataset: "val" if dataset == "imagenet" else "test",
     ),
     _Aspect(
         "images",

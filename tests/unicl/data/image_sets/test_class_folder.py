@@ -1,9 +1,19 @@
+import logging
+
 import pytest
 from torchvision.datasets import ImageFolder
 
 from tests.unicl.data.image_sets.layouts import picture
 from unicl.data.image_sets import open_image_set
 from unicl.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch, caplog):
+    """What was told, line by line."""
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
+    caplog.set_level("INFO", "unicl")
+    return lambda: caplog.messages
 
 
 def opened(folder, split="test"):
@@ -50,12 +60,18 @@ def test_parts_share_their_classes(tmp_path):
         opened(tmp_path, "held_out")
 
 
-def test_val_is_the_test_where_there_is_no_other(tmp_path):
+def test_val_is_taken_where_there_is_no_test(tmp_path, said):
     for part in ("train", "val"):
         picture(tmp_path / part / "cat" / f"{part}.png")
     found = opened(tmp_path)
+    assert said() == [f"{tmp_path} has no test part, its val is taken"]
     assert found.locate(0) == ("cat/val.png", 0)
-    assert found.splits == ("train", "test")
+    assert (found.split, found.splits) == ("val", ("train", "val"))
+    assert opened(tmp_path, "val").images.digest() == found.images.digest()
+    assert len(said()) == 1, "val was asked for, so there is nothing to tell"
+    (tmp_path / "val").rename(tmp_path / "test")
+    with pytest.raises(UsageError, match="has no split 'val'; it has train, test"):
+        opened(tmp_path, "val")
 
 
 def test_a_class_may_be_called_train(tmp_path):

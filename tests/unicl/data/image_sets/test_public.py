@@ -283,6 +283,7 @@ def test_imagenet(tmp_path):
     layouts.imagenet(tmp_path)
     data = datasets.ImageFolder(tmp_path / "imagenet/val")
     opened = open_image_set("imagenet", root=tmp_path)
+    assert (opened.split, opened.splits) == ("val", ("train", "val"))
     assert opened.targets.tolist() == data.targets == list(range(1000))
     assert opened.read(7).image == Path(data.imgs[7][0]).read_bytes()
     assert opened.class_names[0] == "tench"
