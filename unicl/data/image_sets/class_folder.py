@@ -4,6 +4,9 @@ The parts are `train`, `val` and `test`. In FOLDER may lie `classnames.txt`, a b
 for the folders of classes in their order, and `templates.txt`, a prompt per line.
 """
 
+import logging
+import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +24,19 @@ from unicl.data.shard_index import IMAGE_EXTENSIONS
 from unicl.data.sources import class_name, visible_folder
 from unicl.errors import UsageError
 
+logger = logging.getLogger("unicl")
+
 _PARTS = ("train", "val", "test")
+# Names of empty classes that a warning has room for.
+_SHOWN = 5
 _EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     """Open a part of a folder of class folders; see `opening.open_image_set`.
 
-    The classes are those of all parts together, so that their numbers agree.
+    The classes are those of all parts together, so that their numbers agree. One without images is
+    a class, too: `classnames.txt` names it, and torchvision's ImageFolder numbers it.
     """
     parts = _parts(folder)
     if parts:
@@ -43,15 +51,23 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
             "CLIP_benchmark's test/nshards.txt, or dataset.json of prepared shards"
         )
     present = {name: number for number, name in enumerate(names) if (part / name).is_dir()}
-    found = make_dataset(part, present, extensions=_EXTENSIONS, allow_empty=True)
+    listed = make_dataset(part, present, is_valid_file=_is_image, allow_empty=True)
+    found = [(path, number) for path, number in listed if os.path.exists(path)]
+    targets = np.array([number for _, number in found], np.int64)
+    others = [path for path in parts.values() if path != part]
+    absent = [names[number] for number in sorted({*range(len(names))}.difference(targets.tolist()))]
+    # In one part a class may well have no image: such a class is looked for in the others.
+    empty = [name for name in absent if not any(_has_image(path / name) for path in others)]
+    _tell_empty(str(folder), tuple(empty), len(names))
     return ClassificationSet(
         name=str(folder),
         split=split if parts else "",
         splits=tuple(parts),
-        images=ImageFiles(part, [str(Path(path).relative_to(part)) for path, _ in found]),
+        images=ImageFiles(part, [path.removeprefix(f"{part}{os.sep}") for path, _ in found]),
+        skipped=_broken_links(len(listed) - len(found)),
         class_names=_class_names(folder, names),
         templates=read_templates(folder / "templates.txt"),
-        targets=np.array([number for _, number in found], np.int64),
+        targets=targets,
         metric="top1",
     )
 
@@ -62,15 +78,41 @@ def open_loose_images(folder: Path) -> ImageSet:
     Raises:
         UsageError: There is no image.
     """
-    found = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _EXTENSIONS and not path.name.startswith(".")
-    )
-    if not found:
+    listed = [path for path in folder.rglob("*") if _is_image(str(path))]
+    found = sorted(path.relative_to(folder) for path in listed if path.exists())
+    if not listed:
         raise UsageError(f"{folder} has no image; expected {', '.join(_EXTENSIONS)}")
     names = [str(path) for path in found]
-    return ImageSet(name=str(folder), split="", splits=(), images=ImageFiles(folder, names))
+    return ImageSet(
+        name=str(folder),
+        split="",
+        splits=(),
+        images=ImageFiles(folder, names),
+        skipped=_broken_links(len(listed) - len(found)),
+    )
+
+
+def _broken_links(count: int) -> dict[str, int]:
+    return {"broken link": count} if count else {}
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(_EXTENSIONS) and not os.path.basename(path).startswith(".")
+
+
+def _has_image(folder: Path) -> bool:
+    below = os.walk(folder, followlinks=True)
+    return any(_is_image(name) for _, _, names in below for name in names)
+
+
+@cache  # a command opens the parts of a folder one after the other
+def _tell_empty(folder: str, names: tuple[str, ...], num_classes: int) -> None:
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        logger.warning(
+            "%s has no image of %d of its %d classes (%s); their names can still be guessed",
+            *(folder, len(names), num_classes, shown),
+        )
 
 
 def _parts(folder: Path) -> dict[str, Path]:

@@ -4,7 +4,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from tests.unicl.data.image_sets.layouts import picture
-from unicl.data.image_sets import open_image_set
+from unicl.data.image_sets import open_image_set, open_images
 from unicl.errors import UsageError
 
 
@@ -102,7 +102,33 @@ def test_names_and_templates_beside(tmp_path):
         opened(tmp_path)
 
 
-def test_classes_without_images(tmp_path):
+def test_a_set_without_images(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(UsageError, match="holds no images"):
         opened(tmp_path)
+
+
+def test_a_class_without_images_is_told_once(tmp_path, said):
+    for place in ("train/a", "train/b", "test/a"):
+        picture(tmp_path / place / "1.png")
+    for place in ("train/c", "test/c", "test/d"):
+        (tmp_path / place).mkdir()
+    for part in ("test", "train"):
+        assert opened(tmp_path, part).class_names == ("a", "b", "c", "d")
+    line = f"{tmp_path} has no image of 2 of its 4 classes (c, d); their names can still be guessed"
+    assert said() == [line], "b has one in train"
+
+
+def test_links_that_lead_nowhere_are_left_out(tmp_path):
+    picture(tmp_path / "elsewhere.png")
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png"):
+        picture(tmp_path / "set" / name)
+    (tmp_path / "set/cat/._1.png").write_bytes(b"what macOS leaves beside a file")
+    (tmp_path / "set/dog/link.png").symlink_to(tmp_path / "elsewhere.png")
+    whole = [opened(tmp_path / "set"), open_images(str(tmp_path / "set"), root=tmp_path)]
+    prints = [each.fingerprint for each in whole]
+    (tmp_path / "elsewhere.png").rename(tmp_path / "moved.png")
+    broken = [opened(tmp_path / "set"), open_images(str(tmp_path / "set"), root=tmp_path)]
+    assert [(each.num_samples, each.skipped) for each in whole] == [(4, {})] * 2
+    assert [(each.num_samples, each.skipped) for each in broken] == [(3, {"broken link": 1})] * 2
+    assert {each.fingerprint for each in broken}.isdisjoint(prints)
