@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from unicl.data.atomic import atomic_file
@@ -18,6 +19,7 @@ from unicl.data.image_sets import (
     ZERO_SHOT_SETS,
     CaptionSet,
     ClassificationSet,
+    MissingSetError,
     open_image_set,
 )
 from unicl.data.prompts import TEMPLATES
@@ -169,20 +171,26 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     table.add_column("images", justify="right")
     peers = list(dict.fromkeys(p.model for r in results for p in published(r.task, r.dataset)))
     for name in ("", "95% interval", *peers):
-        table.add_column(name or results[0].model, justify="right", overflow="fold")
+        table.add_column(name or escape(results[0].model), justify="right", overflow="fold")
     for result in results:
         beside = {p.model: p for p in published(result.task, result.dataset)}
         for metric in result.shown:
             interval = result.interval_of(metric)
             table.add_row(
-                result.name,
+                escape(result.name),
                 metric,
                 f"{result.num_images:,}",
                 f"{result.metrics[metric]:.1%}",
                 "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
                 *(_beside(beside.get(peer), result.dataset, metric) for peer in peers),
             )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for result in results:
+        if result.skipped:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result.skipped.items())
+            text = f"{result.name}: {sum(result.skipped.values()):,} images left out ({reasons})"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _beside(peer: Published | None, dataset: str, metric: str) -> str:
@@ -234,16 +242,28 @@ def _open_all(task: str, data: Sequence[str], options: Options) -> list[_Parts]:
             continue
         if task not in _PAPERS_SETS:
             raise UsageError(f"the sets of {task} have no name here; give folders")
-        there = []
-        for known in _PAPERS_SETS[task]:
-            try:
-                there.append(_open(task, known, options))
-            except UniclError as error:
-                logger.warning("left out: %s", error)
-        if not there:
-            raise UsageError(f"none of the sets of {task} is in {options.root}")
-        opened += there
+        opened += _open_papers(task, options)
     return opened
+
+
+def _open_papers(task: str, options: Options) -> list[_Parts]:
+    there, missing = [], []
+    for name in _PAPERS_SETS[task]:
+        try:
+            there.append(_open(task, name, options))
+        except MissingSetError:
+            missing.append(name)
+        except UniclError as error:
+            logger.warning("left out: %s", error)
+    lacks = (
+        f"{options.root} lacks {', '.join(missing)}; name another --root, try --download, or ask "
+        "for one alone to see what it needs"
+    )
+    if not there:
+        raise UsageError(f"none of the sets of {task} is there{(missing and f': {lacks}') or ''}")
+    if missing:
+        logger.warning("left out: %s", lacks)
+    return there
 
 
 def _open(task: str, name: str, options: Options) -> _Parts:

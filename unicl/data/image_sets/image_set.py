@@ -16,6 +16,11 @@ from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
 
+
+class MissingSetError(UsageError):
+    """The files of a known set are not where they belong."""
+
+
 Metric = Literal["top1", "mean_per_class", "map11", "map"]
 
 

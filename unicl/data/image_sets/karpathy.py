@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unicl.data.image_sets.image_set import CaptionSet, choose_split
+from unicl.data.image_sets.image_set import CaptionSet, MissingSetError, choose_split
 from unicl.data.image_sets.images import ImageFiles
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError
 
 # Of a few images of COCO there are six or seven captions; the papers take the first five.
 _CAPTIONS = 5
@@ -58,7 +58,7 @@ def open_karpathy(name: str, *, split: str, root: Path) -> CaptionSet:
         ]
         captions = tuple(_captions(image) for image in chosen)
     except FileNotFoundError as error:
-        raise UsageError(
+        raise MissingSetError(
             f"{name} needs {path.name} in {folder}; it can be had by hand only: {_SPLITS_ORIGIN}"
         ) from error
     except OSError as error:
@@ -68,7 +68,7 @@ def open_karpathy(name: str, *, split: str, root: Path) -> CaptionSet:
     missing = sorted({each.rpartition("/")[0] for each in names})
     missing = [each for each in missing if not (folder / each).is_dir()]
     if missing:
-        raise UsageError(
+        raise MissingSetError(
             f"{name} needs {', '.join(missing)} in {folder}; its images can be had by hand only: "
             f"{karpathy.origin}"
         )

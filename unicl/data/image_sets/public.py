@@ -24,10 +24,10 @@ from torchvision import datasets
 from torchvision.datasets.folder import make_dataset
 
 from unicl.data.image_sets.clip_classes import class_names, class_numbers, templates
-from unicl.data.image_sets.image_set import ClassificationSet, Metric, choose_split
+from unicl.data.image_sets.image_set import ClassificationSet, Metric, MissingSetError, choose_split
 from unicl.data.image_sets.images import ImageFiles, Images, PixelArray
 from unicl.data.shard_index import IMAGE_EXTENSIONS
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError
 
 _CALTECH101_TRAIN = 30
 _SUN397_EACH = 50
@@ -71,7 +71,7 @@ def open_public(name: str, *, split: str, root: Path, download: bool) -> Classif
         missing = _missing(public, folder, split)
     if missing:
         way = f"fetch it by --download, or {public.by_hand}" if public.offered else public.by_hand
-        raise UsageError(f"{name} needs {', '.join(missing)} in {folder}; {way}")
+        raise MissingSetError(f"{name} needs {', '.join(missing)} in {folder}; {way}")
     labelled = _read(name, folder, split)
     return ClassificationSet(
         name=name,
