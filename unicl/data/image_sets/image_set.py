@@ -1,6 +1,5 @@
 """What an evaluation needs of a set of images: the images, and their classes or captions."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +12,6 @@ from jaxtyping import Bool, Int64
 from unicl.data.image_sets.images import ImageFiles, Images
 from unicl.data.shards import RawSample
 from unicl.errors import UsageError
-
-logger = logging.getLogger("unicl")
 
 
 class MissingSetError(UsageError):
@@ -126,7 +123,6 @@ def choose_split(name: str, split: str, splits: tuple[str, ...]) -> str:
         return split
     # As everywhere with ImageNet, whose test part has no labels.
     if split == "test" and "val" in splits:
-        logger.info("%s has no test part, its val is taken", name)
         return "val"
     raise UsageError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
 

@@ -1,5 +1,6 @@
 """Open a set of images by what a person would type."""
 
+import logging
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,8 @@ from unicl.data.image_sets.prepared import open_prepared, prepared_parts
 from unicl.data.image_sets.public import PUBLIC_SETS, open_public
 from unicl.data.image_sets.webdataset import is_webdataset, open_webdataset
 from unicl.errors import UsageError
+
+logger = logging.getLogger("unicl")
 
 KNOWN_SETS = (*PUBLIC_SETS, *KARPATHY_SETS, "digits")
 """The sets that have a name of their own."""
@@ -33,7 +36,7 @@ def open_image_set(
             CLIP_benchmark's WebDataset tars, or of prepared shards. A folder that is itself called
             by a known name is `./NAME`.
         split: `train`, `val` or `test`. A folder without parts is its own `test`; of a set with
-            `val` and no `test` it is `val`, and the set says so.
+            `val` and no `test` it is `val`, as its split says.
         root: Known sets lie in `root/NAME`.
         download: Fetch a known set that is not there, where its publisher still offers it. What is
             there is neither fetched nor hashed again.
@@ -49,6 +52,8 @@ def open_image_set(
     found = "captions" if isinstance(opened, CaptionSet) else "classes"
     if kind not in (None, found):
         raise UsageError(f"{spec} has {found}, but {kind} are needed; choose another set")
+    if opened.split not in (split, ""):
+        logger.info("%s has no %s part, its %s is taken", opened.name, split, opened.split)
     return opened
 
 
