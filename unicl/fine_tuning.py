@@ -20,11 +20,12 @@ from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import SampleError, ShardSet
 from unicl.data.sources import Entry, SkippedEntry, image_type
 from unicl.distributed import find_launch, joined
+from unicl.engine.checkpoint import checkpoints
 from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.results import Result, save_result
 from unicl.evaluator import Options, check, setting_of
-from unicl.models import OPEN_CLIP, choose_device, load, recipe_of
+from unicl.models import OPEN_CLIP, choose_device, load, read_recipe, recipe_of
 
 logger = logging.getLogger("unicl")
 
@@ -64,6 +65,8 @@ def fine_tune(
     recipe = fine_tuning_recipe(model, training, out, overrides)
     device = choose_device(recipe.trainer.device)
     _prepare_first(training, out)
+    if "schedule.warmup_steps" not in overrides:
+        _require_same_warmup(out / "run", recipe)
     with joined(
         device,
         timeout_seconds=recipe.engine.timeout_seconds,
@@ -129,6 +132,19 @@ def _open(data: str, split: str, options: Options) -> ClassificationSet | Captio
     if isinstance(opened, ClassificationSet) and opened.targets.ndim == 2:
         raise UsageError(f"fine-tuning needs one class per image; {opened} has several")
     return opened
+
+
+def _require_same_warmup(run: Path, recipe: Recipe) -> None:
+    """Refuse to go on with another warmup in the words of what it was derived from."""
+    if not checkpoints(run / "checkpoints"):
+        return
+    former = read_recipe(run)
+    if former.schedule.warmup_steps != recipe.schedule.warmup_steps:
+        raise UsageError(
+            f"{run} was fine-tuned for {former.trainer.steps} steps of {former.trainer.batch_size} "
+            f"samples, not {recipe.trainer.steps} of {recipe.trainer.batch_size}; choose another "
+            "--out"
+        )
 
 
 def _prepare_first(training: ClassificationSet | CaptionSet, out: Path) -> None:

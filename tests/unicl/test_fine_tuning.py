@@ -81,6 +81,9 @@ def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> No
     fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
     with pytest.raises(UsageError, match="holds other images, classes or captions than digits"):
         fine_tune(place / "run", "digits", options(tmp_path), overrides)
+    other = {**overrides, "trainer.steps": "6"}
+    with pytest.raises(UsageError, match="for 1 steps of 36 samples, not 6 of 36; choose another"):
+        fine_tune(place / "run", str(place / "set"), options(tmp_path), other)
 
 
 @pytest.mark.parametrize(
