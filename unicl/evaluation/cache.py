@@ -247,7 +247,12 @@ class _Span:
 
 def _embed(model: Pretrained, loader: Loader, span: range, setting: Setting) -> ImageEmbeddings:
     embedded: Embedded = embed_images(
-        model.model, _Span(loader, span), features=True, empty=True, autocast=setting.autocast
+        model.model,
+        _Span(loader, span),
+        features=True,
+        contents=False,  # how often an image comes makes no difference here
+        empty=True,
+        autocast=setting.autocast,
     )
     return ImageEmbeddings(
         embeddings=embedded.embeddings,

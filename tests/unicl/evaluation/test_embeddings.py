@@ -47,6 +47,7 @@ def test_equal_pixels_have_equal_contents() -> None:
     contents = embed_images(ToyModel(), samples).contents
     assert contents[0] == contents[2]
     assert len(set(contents)) == 3
+    assert embed_images(ToyModel(), samples, contents=False).contents == ()
 
 
 def test_texts_come_back_in_order_whatever_their_length() -> None:
