@@ -4,7 +4,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,7 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
                 data, split=options.split, root=options.root, download=options.download
             )
         )
+        options = replace(options, split=images.split or options.split)  # which may be another
         loaded = ranks.together(lambda: load(model, device=str(device)))
         blocks = image_blocks(loaded, images, setting_of(options, ranks))
         if not ranks.first:
@@ -80,7 +81,11 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
             written = Collection.write(
                 out, with_items(), model=loaded.name, fingerprint=loaded.fingerprint
             )
-        logger.info("%d embeddings of width %d in %s", written.num_items, written.dim, out)
+        logger.info(
+            "%d embeddings of width %d in %s%s",
+            *(written.num_items, written.dim, out),
+            "".join(f", {count} left out: {reason}" for reason, count in images.skipped.items()),
+        )
         return written
 
 

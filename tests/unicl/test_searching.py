@@ -64,6 +64,19 @@ def test_the_parts_of_a_set_are_different_items(
     assert "24 items in index: exact" in caplog.text
 
 
+def test_what_embed_takes_of_a_set_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_corpus(tmp_path / "shards" / "val", num_samples=12)
+    for _, block in embedded("shards", "val").blocks():
+        assert all(json.loads(item.where)["split"] == "val" for item in block)
+    assert "shards has no test part, its val is taken" in caplog.text
+    pictures("photos")
+    Path("photos/link.png").symlink_to("nowhere.png")
+    embedded("photos", "embeddings")
+    assert "3 embeddings of width 16 in embeddings, 1 left out: broken link" in caplog.text
+
+
 def test_one_folder_by_two_paths_is_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
