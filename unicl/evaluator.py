@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unicl.data.atomic import atomic_file
+from unicl.data.atomic import atomic_file, write_error
 from unicl.data.image_sets import (
     LINEAR_PROBE_SETS,
     ZERO_SHOT_SETS,
@@ -126,6 +127,8 @@ def evaluate(
         loaded = ranks.together(lambda: load(model, device=str(device)))
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
+        # Asked now, for embedding a set may take hours.
+        ranks.together(lambda: _require_writable(out) if ranks.first else None)
         results = []
         for parts in work:
             result, keep = _run(task, loaded, parts, setting, options)
@@ -133,6 +136,14 @@ def evaluate(
             ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
             logger.info("%s: %s %s", result.name, result.headline, _percent(result))
     return results
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def _save(out: Path, result: Result, keep: Callable[[Path], None]) -> None:
@@ -162,9 +173,6 @@ def results_folder(model: str | Path) -> Path:
 
 def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     """Print results beside what the papers report, and write them as a table if asked to."""
-    if csv is not None:
-        with atomic_file(csv) as file:
-            file.write(to_csv(results).encode())
     table = Table()
     table.add_column("set", overflow="fold")
     table.add_column("metric", no_wrap=True)
@@ -191,6 +199,9 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
             reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result.skipped.items())
             text = f"{result.name}: {sum(result.skipped.values()):,} images left out ({reasons})"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if csv is not None:
+        with atomic_file(csv) as file:
+            file.write(to_csv(results).encode())
 
 
 def _beside(peer: Published | None, dataset: str, metric: str) -> str:

@@ -109,6 +109,20 @@ def test_what_is_wrong_with_a_folder_of_images_is_told(
     assert results[1].protocol["num_classes"] == 11
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "file").touch()
+    words = ("eval", "run", "zero-shot", "digits", "--workers", "0", "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("unicl.evaluator._run", None)
+        assert "cannot write file/x: Not a dir" in refused(capsys, *words, "--out", "file/x")
+    assert main([*words, "--csv", "file/x.csv"]) == 1
+    shown = capsys.readouterr()
+    assert "cannot write file/x.csv" in shown.err
+    assert "95% interval" in shown.out, "the figures are shown all the same"
+
+
 def test_one_set_is_a_list_of_one() -> None:
     with pytest.raises(UsageError, match="put 'digits' in brackets"):
         evaluate("run", "zero-shot", "digits")
