@@ -12,7 +12,6 @@ from jaxtyping import Float
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 from unicl.data.augment import open_image
@@ -70,17 +69,13 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
             for _ in blocks:  # the first rank writes; the others help it to embed
                 pass
             return None
-        with Progress(disable=not Console().is_terminal, transient=True) as bar:
-            line = bar.add_task("embedding", total=images.num_samples)
-
-            def with_items() -> Iterator[Block]:
-                for block in blocks:
-                    yield block.embeddings.numpy(), _items(images, block.rows.tolist(), options)
-                    bar.update(line, advance=len(block.rows) + sum(block.skipped.values()))
-
-            written = Collection.write(
-                out, with_items(), model=loaded.name, fingerprint=loaded.fingerprint
-            )
+        with_items = (
+            (block.embeddings.numpy(), _items(images, block.rows.tolist(), options))
+            for block in blocks
+        )
+        written = Collection.write(
+            out, with_items, model=loaded.name, fingerprint=loaded.fingerprint
+        )
         logger.info(
             "%d embeddings of width %d in %s%s",
             *(written.num_items, written.dim, out),

@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -27,6 +28,7 @@ from unicl.data.atomic import atomic_file, write_error
 from unicl.data.image_sets import ImageSet
 from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
+from unicl.data.prepare import Progress, progress_bar
 from unicl.data.prompts import PromptSampler
 from unicl.data.shards import RawSample
 from unicl.distributed import ALONE, Ranks
@@ -104,7 +106,10 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
 def image_blocks(
     model: Pretrained, images: ImageSet, setting: Setting
 ) -> Iterator[ImageEmbeddings]:
-    """The same block by block, so that a set need not fit into memory; a block may have no rows."""
+    """The same block by block, so that a set need not fit into memory; a block may have no rows.
+
+    On a terminal a bar shows how far it is.
+    """
     entry = None
     if setting.cache is not None:
         key = _key(model, setting, "images", images.fingerprint)
@@ -112,10 +117,17 @@ def image_blocks(
         about = {"model": model.name, "images": str(images), "num_images": images.num_samples}
         setting.ranks.together(lambda: _describe(entry, about) if setting.ranks.first else None)
     loader = _loader(model, images, setting)
-    for start in range(0, images.num_samples, _BLOCK):
-        span = range(start, min(start + _BLOCK, images.num_samples))
-        path = entry / f"block-{start:010d}.safetensors" if entry is not None else None
-        yield _recalled(path, partial(_embed, model, loader, span, setting), setting.ranks)
+    with progress_bar("embedding") if setting.ranks.first else nullcontext(_untold) as progress:
+        for start in range(0, images.num_samples, _BLOCK):
+            span = range(start, min(start + _BLOCK, images.num_samples))
+            samples = _Span(loader, span, images.num_samples, progress)
+            path = entry / f"block-{start:010d}.safetensors" if entry is not None else None
+            yield _recalled(path, partial(_embed, model, samples, setting), setting.ranks)
+            progress(span.stop, images.num_samples)
+
+
+def _untold(done: int, of: int | None) -> None:
+    pass
 
 
 def texts_embeddings(
@@ -236,19 +248,28 @@ class _Span:
 
     loader: Loader
     span: range
+    num_samples: int
+    """Of the whole loader."""
+    progress: Progress
+    """Told how many of them are done."""
 
     @property
     def ranks(self) -> Ranks:
         return self.loader.ranks
 
     def epoch(self) -> Iterator[Batch]:
-        return self.loader.epoch(self.span)
+        done = self.span.start
+        for batch in self.loader.epoch(self.span):
+            yield batch
+            # The other ranks are about as far.
+            done += self.ranks.size * (len(batch) + sum(batch.skipped.values()))
+            self.progress(min(done, self.span.stop), self.num_samples)
 
 
-def _embed(model: Pretrained, loader: Loader, span: range, setting: Setting) -> ImageEmbeddings:
+def _embed(model: Pretrained, samples: _Span, setting: Setting) -> ImageEmbeddings:
     embedded: Embedded = embed_images(
         model.model,
-        _Span(loader, span),
+        samples,
         features=True,
         contents=False,  # how often an image comes makes no difference here
         empty=True,

@@ -1,5 +1,6 @@
 """Embeddings on disk: made once, exact for any number of ranks, whole or made again."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_an_interrupted_embedding_goes_on(tmp_path: Path) -> None:
     embedded = image_embeddings(model, noise(), setting(tmp_path))
     assert len(forwards) == 3  # two batches of the second block, one of the third
     torch.testing.assert_close(embedded.embeddings[:4], first.embeddings, rtol=0, atol=0)
+
+
+def test_a_bar_is_told_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int | None]] = []
+    bar = nullcontext(lambda done, of: told.append((done, of)))
+    monkeypatch.setattr(cache, "progress_bar", lambda title: bar)
+    images = noise(damaged=(5,))
+    for expected in ([3, 4, 4, 7, 8, 8, 10, 10], [4, 8, 10]):  # the second time from the cache
+        told.clear()
+        image_embeddings(toy(), images, setting(tmp_path))
+        assert told == [(done, 10) for done in expected]
 
 
 def test_a_damaged_block_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
