@@ -58,6 +58,9 @@ def fine_tune(
     if options.out is None:
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
     check(options)
+    launch = find_launch()
+    if launch is not None and launch.rank:
+        logger.setLevel(logging.ERROR)  # what all have to say before they join, one says
     out = options.out
     test = _open(data, options.split, options)
     training = _open(data, "train", options)

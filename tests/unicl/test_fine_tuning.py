@@ -1,16 +1,19 @@
 """Fine-tuning by the pretraining's loss, on real digits and on captions."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unicl.corpus import small_recipe, write_corpus
+from unicl import fine_tuning
 from unicl.build import train
 from unicl.config import parse_recipe
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.images import PixelArray
 from unicl.data.shards import ShardSet
+from unicl.distributed import Launch
 from unicl.engine.metrics import read_metrics
 from unicl.errors import UsageError
 from unicl.evaluation.results import read_results
@@ -84,6 +87,20 @@ def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> No
     other = {**overrides, "trainer.steps": "6"}
     with pytest.raises(UsageError, match="for 1 steps of 36 samples, not 6 of 36; choose another"):
         fine_tune(place / "run", str(place / "set"), options(tmp_path), other)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_says_what_all_find(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
+    caplog.set_level("INFO", "unicl")
+    launch = Launch(rank, 2, rank, "localhost", 0)
+    monkeypatch.setattr(fine_tuning, "find_launch", lambda: launch)
+    write_corpus(tmp_path / "set" / "val", num_samples=2)
+    with pytest.raises(UsageError, match="has no split 'train'; it has val"):
+        fine_tune("run", str(tmp_path / "set"), options(tmp_path))
+    assert ("has no test part" in caplog.text) == (rank == 0)
 
 
 @pytest.mark.parametrize(
