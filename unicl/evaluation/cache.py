@@ -87,19 +87,23 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
         UniclError: no image can be read, an embedding is not finite, or the cache cannot be
             written.
     """
-    blocks, skipped = [], Counter[str]()
+    end, whole, skipped = 0, dict[str, Tensor](), Counter[str]()
     for block in image_blocks(model, images, setting):
         skipped.update(block.skipped)
-        if len(block.rows):
-            blocks.append(block)
-    if not blocks:
+        if not len(block.rows):
+            continue
+        start, end = end, end + len(block.rows)
+        for name in ("embeddings", "features", "rows"):
+            part: Tensor = getattr(block, name)
+            # Blocks kept until they are joined would need twice the memory.
+            if name not in whole:
+                whole[name] = part.new_empty(images.num_samples, *part.shape[1:])
+            whole[name][start:end] = part
+    if not end:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise UniclError(f"{images} has no image that can be read ({reasons})")
     return ImageEmbeddings(
-        embeddings=torch.cat([block.embeddings for block in blocks]),
-        features=torch.cat([block.features for block in blocks]),
-        rows=torch.cat([block.rows for block in blocks]),
-        skipped=dict(skipped),
+        **{name: tensor[:end] for name, tensor in whole.items()}, skipped=dict(skipped)
     )
 
 

@@ -1,5 +1,7 @@
 """Embeddings on disk: made once, exact for any number of ranks, whole or made again."""
 
+import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 
 from tests.unicl.evaluation.toys import NAMES, TEMPLATES, ToyModel, toy
 from tests.unicl.ranks import on_ranks
@@ -19,6 +22,7 @@ from unicl.distributed import Ranks
 from unicl.errors import UniclError
 from unicl.evaluation import cache
 from unicl.evaluation.cache import (
+    ImageEmbeddings,
     Setting,
     classifier,
     image_blocks,
@@ -124,6 +128,24 @@ def test_a_bar_is_told_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
         told.clear()
         image_embeddings(toy(), images, setting(tmp_path))
         assert told == [(done, 10) for done in expected]
+
+
+def test_blocks_do_not_wait_in_memory_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    most_alive = 0
+
+    def blocks(*given: object) -> Iterator[ImageEmbeddings]:
+        nonlocal most_alive
+        for block in image_blocks(*given):
+            made.append(weakref.ref(block.features))
+            most_alive = max(most_alive, sum(features() is not None for features in made))
+            yield block
+            del block
+
+    monkeypatch.setattr(cache, "image_blocks", blocks)
+    assert image_embeddings(toy(), noise(num_samples=20), setting(None)).features.shape == (20, 48)
+    assert len(made) == 5
+    assert most_alive <= 2  # the one before, and the one that takes its place
 
 
 def test_a_damaged_block_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,8 +15,9 @@ from tests.unicl.evaluation.toys import ToyModel, tokenize, toy
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.images import PixelArray
 from unicl.errors import UsageError
+from unicl.evaluation import protocols
 from unicl.evaluation.cache import Setting, classifier, image_embeddings
-from unicl.evaluation.linear_probe import LinearProbe
+from unicl.evaluation.linear_probe import LinearProbe, Search, search
 from unicl.evaluation.protocols import ask_probe, few_shot, linear_probe, retrieval, zero_shot
 from unicl.evaluation.results import read_results, save_result, to_csv
 from unicl.towers.pretrained import Pretrained
@@ -153,9 +154,25 @@ def test_the_probe_is_scikit_learns(model: Pretrained, setting: Setting, tmp_pat
 
 
 def test_a_probe_without_a_validation_split_holds_images_back(
-    model: Pretrained, setting: Setting
+    model: Pretrained, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parts: list[Tensor] = []
+
+    def spy(*given: Tensor, **options: object) -> Search:
+        parts.extend(given)
+        return search(*given, **options)
+
+    monkeypatch.setattr(protocols, "search", spy)
     result, _ = linear_probe(model, digits("train"), None, digits(), setting)
+    # The fifth that a seed draws, each side in its order, and no copy of what is fitted on.
+    features = image_embeddings(model, digits("train"), setting).features
+    drawn = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:200]
+    held_back = torch.zeros(1000, dtype=torch.bool).index_fill(0, drawn, value=True)
+    for found, expected in zip(
+        parts[::2], (features[~held_back], features[held_back]), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert parts[0].untyped_storage().data_ptr() == parts[2].untyped_storage().data_ptr()
     assert result.protocol["num_train"] == 1000
     assert result.protocol["chosen_on"] == "a fifth of train"
     assert result.metrics["top1"] > 0.7
