@@ -1,5 +1,6 @@
 """Files that appear under their final name complete or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,11 +11,14 @@ from unicl.errors import UniclError, UsageError
 
 PARTIAL_PREFIX = ".partial-"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def write_error(path: Path, error: OSError) -> UniclError:
     """Return the one-line error for a write that the operating system refused."""
     reason = error.strerror or str(error)
-    return UniclError(f"cannot write {path}: {reason}; free space or choose another folder")
+    way_out = "free space or choose another folder" if error.errno in _FULL else "name a new place"
+    return UniclError(f"cannot write {path}: {reason}; {way_out}")
 
 
 def partial_path(path: Path) -> Path:

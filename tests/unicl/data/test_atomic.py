@@ -1,9 +1,11 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from unicl.data.atomic import atomic_file
-from unicl.errors import UsageError
+from unicl.data.atomic import atomic_file, write_error
+from unicl.errors import UniclError, UsageError
 
 
 @pytest.mark.parametrize("place", [".", "..", "/"])
@@ -17,3 +19,25 @@ def test_a_place_without_a_name_is_one_line(
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.ENOSPC, "free space or choose another folder"),
+        (errno.EDQUOT, "free space or choose another folder"),
+        (errno.EROFS, "name a new place"),
+        (errno.EISDIR, "name a new place"),
+    ],
+)
+def test_the_way_out_fits_the_reason(number: int, way_out: str) -> None:
+    error = write_error(Path("a/b"), OSError(number, os.strerror(number)))
+    assert str(error) == f"cannot write a/b: {os.strerror(number)}; {way_out}"
+
+
+def test_a_folder_without_files_of_ones_own() -> None:
+    with (
+        pytest.raises(UniclError, match=r"^cannot write /proc/r: .*; name a new place$"),
+        atomic_file(Path("/proc/r")),
+    ):
+        pass
