@@ -258,9 +258,10 @@ def to_csv(results: Iterable[Result]) -> str:
     rows: list[dict[str, Any]] = []
     for result in results:
         fields = result.to_json()
-        metrics = fields.pop("metrics")
+        # A millionth of a set is less than an image; more digits are noise of the arithmetic.
+        metrics = {name: round(share, 6) for name, share in fields.pop("metrics").items()}
         del fields["unicl"]
-        name = f"{fields['model']} {fields['pretrained']}"
+        name = f"{fields['model']} {fields['pretrained']}".rstrip()
         rows.append({**metrics, **fields, "model_fullname": name})
     columns = _columns(rows)
     text = io.StringIO()

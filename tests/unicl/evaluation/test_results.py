@@ -1,5 +1,6 @@
 """Results on disk: none takes another's place, and none that is damaged is taken for one."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unicl.errors import UniclError
-from unicl.evaluation.results import Result, read_result, read_results, save_result
+from unicl.evaluation.results import Result, read_result, read_results, save_result, to_csv
 
 RESULT = Result(
     task="zero_shot",
@@ -95,3 +96,14 @@ def test_both_mean_average_precisions() -> None:
         "lp_map11": 0.7,
         "lp_mean_average_precision": 0.6,
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "full_name"),
+    [("open_clip:ViT-B-32/openai", "ViT-B-32 openai"), ("runs/mine", "runs/mine")],
+)
+def test_a_table_for_a_person_and_a_spreadsheet(model: str, full_name: str) -> None:
+    results = [replace(RESULT, model=model, metrics={"top1": 0.1 + 0.2, "top5": 2 / 3})]
+    (row,) = csv.DictReader(to_csv(results).splitlines())
+    assert row["model_fullname"] == full_name
+    assert (row["acc1"], row["acc5"]) == ("0.3", "0.666667")
