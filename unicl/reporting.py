@@ -1,23 +1,30 @@
 """`unicl report`: runs by their folders, on one page beside the papers' figures."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unicl.data.atomic import atomic_file
 from unicl.engine.metrics import read_metrics
-from unicl.errors import UsageError
-from unicl.evaluation.answers import load_answers
+from unicl.errors import UniclError, UsageError
+from unicl.evaluation.answers import SavedAnswers, load_answers
 from unicl.evaluation.report import Report, Run, write_report
-from unicl.evaluation.results import read_result, to_csv
+from unicl.evaluation.results import Result, read_result, to_csv
 from unicl.evaluator import results_folder
 from unicl.models import OPEN_CLIP, read_recipe
+
+logger = logging.getLogger("unicl")
 
 _RECIPE, _METRICS = "recipe.toml", "metrics.jsonl"
 
 
 def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) -> None:
     """Write one page of a run, or comparing several, and perhaps a table of all results.
+
+    Damaged files are left out; a warning names each, and so does the page.
 
     Args:
         runs: folders of runs, folders with results of `unicl eval` in them or in `evaluation`
@@ -28,7 +35,7 @@ def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) ->
     Raises:
         UsageError: a run has neither metrics nor results, is named twice, or the folder of a file
             is not there.
-        UniclError: a file is damaged or cannot be written, or matplotlib is missing.
+        UniclError: all files are damaged, one cannot be written, or matplotlib is missing.
     """
     for path in filter(None, (out, csv)):
         if not path.parent.is_dir():
@@ -37,8 +44,15 @@ def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) ->
     for number, place in enumerate(places):
         if place in places[:number]:
             raise UsageError(f"{runs[number]} is named twice")
-    read = [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
-    write_report(out, _report(read))
+    left_out: list[str] = []
+    read = [
+        _read(place, name, left_out) for place, name in zip(places, _names(places), strict=True)
+    ]
+    if left_out and not any(run.results or run.metrics for run in read):
+        raise UniclError(left_out[0])
+    for message in left_out:
+        logger.warning("left out of the report: %s", message)
+    write_report(out, _report(read, left_out))
     if csv is not None:
         with atomic_file(csv) as file:
             file.write(to_csv(result for run in read for result in run.results).encode())
@@ -101,24 +115,49 @@ def _names(places: Sequence[_Place]) -> list[str]:
     return [f"{'/'.join(place.name)} {number}" for number, place in enumerate(places, start=1)]
 
 
-def _read(place: _Place, name: str) -> Run:
-    results = {path: read_result(path) for path in sorted(place.results.glob("*.json"))}
-    answers = {
-        result.name: saved
-        for path, result in results.items()
-        if (saved := load_answers(path.with_suffix(""))) is not None
-    }
+def _read(place: _Place, name: str, left_out: list[str]) -> Run:
+    """Read what is sound of a run, and add what is not to the messages."""
+    results: list[Result] = []
+    answers: dict[str, SavedAnswers] = {}
+    settings: dict[str, Any] = {}
+    for path in sorted(place.results.glob("*.json")):
+        with _leaving_out(left_out):
+            result = read_result(path)
+            results.append(result)
+            if (saved := load_answers(path.with_suffix(""))) is not None:
+                answers[result.name] = saved
     folder = place.run
+    if folder is not None and (folder / _RECIPE).is_file():
+        with _leaving_out(left_out):
+            settings = asdict(read_recipe(folder))
     return Run(
         name=name,
-        results=list(results.values()),
+        results=results,
         answers=answers,
-        metrics=read_metrics(folder / _METRICS) if folder else (),
-        settings=asdict(read_recipe(folder)) if folder and (folder / _RECIPE).is_file() else {},
+        metrics=_metrics(folder / _METRICS, left_out) if folder else (),
+        settings=settings,
     )
 
 
-def _report(runs: Sequence[Run]) -> Report:
+@contextmanager
+def _leaving_out(messages: list[str]) -> Iterator[None]:
+    """Note that a file is damaged, and go on."""
+    try:
+        yield
+    except UniclError as error:
+        messages.append(str(error))
+
+
+def _metrics(path: Path, left_out: list[str]) -> list[dict[str, Any]]:
+    rows = read_metrics(path)
+    # A row ends its line, but for a last one that a kill has torn.
+    written = path.read_bytes().count(b"\n") if path.is_file() else 0
+    if len(rows) < written:
+        left_out.append(f"{path} is damaged: {written - len(rows)} of its {written} rows are lost")
+    return rows
+
+
+def _report(runs: Sequence[Run], left_out: Sequence[str]) -> Report:
     names = [run.name for run in runs]
     *most, last = names
     facts = {}
@@ -133,4 +172,5 @@ def _report(runs: Sequence[Run]) -> Report:
         title=f"{', '.join(most)} and {last} compared" if most else f"Report of {last}",
         runs=runs,
         facts=facts,
+        left_out=left_out,
     )

@@ -74,5 +74,7 @@ class Report:
     """Text queries with the first run's best images."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Other figures worth a line: training time, parameters, machine."""
+    left_out: Sequence[str] = ()
+    """What could not be read, and why, in one line each."""
     credits: Sequence[str] = ()
     """Who made the data, under which licence."""

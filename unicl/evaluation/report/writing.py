@@ -45,7 +45,9 @@ def render(report: Report) -> str:
 
 def _header(report: Report) -> str:
     summary = f"<p>{escape(report.summary)}</p>" if report.summary else ""
-    return f"<header><h1>{escape(report.title)}</h1>\n{summary}{headlines(report)}</header>"
+    left_out = "\n".join(f"<p><b>Left out:</b> {escape(line)}.</p>" for line in report.left_out)
+    notes = f'<div class="notes">{left_out}</div>' if left_out else ""
+    return f"<header><h1>{escape(report.title)}</h1>\n{summary}{notes}{headlines(report)}</header>"
 
 
 def _curves(report: Report) -> str:
