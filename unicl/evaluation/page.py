@@ -159,6 +159,13 @@ def thumbnail(image: bytes, *, side: int) -> bytes:
     return file.getvalue()
 
 
+def dot(run: int | None) -> str:
+    """A dot in the colour of a run's curves, by its number; nothing for no run."""
+    if run is None:
+        return ""
+    return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
+
+
 Cell = str | tuple[str, str]
 """A text, or a text and what stands below it in small."""
 
@@ -188,7 +195,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, style: s
     head = ""
     if any(column.name for column in columns):
         cells = "".join(
-            f"<th{_words(column)}>{_dot(column.run)}{_cell((column.name, column.aside))}</th>"
+            f"<th{_words(column)}>{dot(column.run)}{_cell((column.name, column.aside))}</th>"
             for column in columns
         )
         head = f"<thead><tr>{cells}</tr></thead>\n"
@@ -203,12 +210,6 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, style: s
 
 def _words(column: Column) -> str:
     return ' class="words"' if column.words else ""
-
-
-def _dot(run: int | None) -> str:
-    if run is None:
-        return ""
-    return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
 
 
 def _cell(cell: Cell) -> str:

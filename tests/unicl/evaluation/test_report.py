@@ -159,6 +159,22 @@ def test_the_headline_is_the_largest_set() -> None:
     assert "Scenes" not in cards
 
 
+def test_a_headline_says_whose_it_is() -> None:
+    ours, other = full().runs
+    probe = replace(other.results[0], task="linear_probe", metrics={"top1": 0.345})
+    other = replace(other, results=[*other.results, probe])
+    cards = render(replace(full(), runs=[ours, other])).split("<h2>")[0].split("<div>")[1:]
+    owners = {}
+    for card in cards:
+        owner, figure, *_ = filter(None, re.split("<[^>]*>", card))
+        owners[figure] = owner
+    assert owners["71.2%"] == owners["402"] == "UniCL grinning face"
+    assert owners["34.5%"] == "CLIP grinning face"
+    assert "CLIP grinning face: 402" in cards[-1]
+    alone = render(replace(full(), runs=[ours])).split("<h2>")[0]
+    assert "UniCL grinning" not in alone
+
+
 def test_one_run_has_one_column() -> None:
     report = full()
     html = render(replace(report, runs=report.runs[:1]))

@@ -69,7 +69,7 @@ class Report:
     summary: str = ""
     """What was trained on what, in a sentence or two."""
     runs: Sequence[Run]
-    """What is compared; the headline's figures are those of the first."""
+    """What is compared; a headline's figure is that of the first run that has it."""
     queries: Sequence[TextQuery] = ()
     """Text queries with the first run's best images."""
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -1,9 +1,10 @@
 """The report's first figures, in words a newcomer knows."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from unicl.evaluation.page import percent
+from unicl.evaluation.page import dot, percent
 from unicl.evaluation.report.contents import Report, Run
 from unicl.evaluation.results import Result
 
@@ -43,47 +44,66 @@ _WORDINGS = (
 )
 
 
+@dataclass(frozen=True)
+class _Card:
+    """One figure of one run."""
+
+    run: Run
+    figure: str
+    words: str
+    aside: str
+
+
 def headlines(report: Report) -> str:
-    """Return a card per figure: what it is, what it means, what to compare it with."""
-    cards = [
-        f"<div><b>{escape(figure)}</b><span>{escape(words)}</span>"
-        f'<span class="soft">{escape(aside)}</span></div>'
-        for figure, words, aside in _cards(report)
-    ]
-    return f'<div class="figures">{"".join(cards)}</div>' if cards else ""
+    """Return a card per figure: whose it is, what it means, what to compare it with.
+
+    Of several runs it is that of the first that has such a figure.
+    """
+    cards = "".join(_html(card, report.runs) for card in _cards(report.runs))
+    return f'<div class="figures">{cards}</div>' if cards else ""
 
 
-def _cards(report: Report) -> list[tuple[str, str, str]]:
-    run, *others = report.runs
-    cards = []
+def _html(card: _Card, runs: Sequence[Run]) -> str:
+    whose = f"<span>{dot(runs.index(card.run))}{escape(card.run.name)}</span>"
+    aside = f'<span class="soft">{escape(card.aside)}</span>'
+    return (
+        f"<div>{whose if len(runs) > 1 else ''}<b>{escape(card.figure)}</b>"
+        f"<span>{escape(card.words)}</span>{aside if card.aside else ''}</div>"
+    )
+
+
+def _cards(runs: Sequence[Run]) -> Iterator[_Card]:
     for wording in _WORDINGS:
-        result = _largest(run, others, wording)
-        if result is None:
+        run = next((run for run in runs if _asked(run, wording)), None)
+        if run is None:
             continue
-        cards.append(
-            (
-                percent(result.metrics[wording.metric]),
-                _words(wording, result, alone=len(_asked(run, wording)) == 1),
-                _aside(result, wording.metric, others),
-            )
+        others = [other for other in runs if other is not run]
+        result = _largest(run, others, wording)
+        yield _Card(
+            run,
+            percent(result.metrics[wording.metric]),
+            _words(wording, result, alone=len(_asked(run, wording)) == 1),
+            _aside(result, wording.metric, others),
         )
-    if run.speed is not None:
-        cards.append((f"{run.speed:,.0f}", "samples (image and text) learned from per second", ""))
-    return cards
+    timed = [(run, f"{run.speed:,.0f}") for run in runs if run.speed is not None]
+    if timed:
+        (run, speed), *rest = timed
+        aside = "; ".join(f"{other.name}: {theirs}" for other, theirs in rest)
+        yield _Card(run, speed, "samples (image and text) learned from per second", aside)
 
 
 def _asked(run: Run, wording: _Wording) -> list[Result]:
     return [r for r in run.results if r.task == wording.task and wording.metric in r.metrics]
 
 
-def _largest(run: Run, others: list[Run], wording: _Wording) -> Result | None:
+def _largest(run: Run, others: Sequence[Run], wording: _Wording) -> Result:
     """Choose the set with most images, of those that all runs have if there are any.
 
     The test part comes before all others, however large they are.
     """
     asked = _asked(run, wording)
     shared = [r for r in asked if all(each.result(r.task, r.name) for each in others)]
-    return max(shared or asked, key=lambda r: (not r.marks, r.num_images), default=None)
+    return max(shared or asked, key=lambda r: (not r.marks, r.num_images))
 
 
 def _words(wording: _Wording, result: Result, *, alone: bool) -> str:
@@ -98,7 +118,7 @@ def _words(wording: _Wording, result: Result, *, alone: bool) -> str:
     return words if alone or "{" in wording.words else f"{words} ({result.name})"
 
 
-def _aside(result: Result, metric: str, others: list[Run]) -> str:
+def _aside(result: Result, metric: str, others: Sequence[Run]) -> str:
     parts = []
     if (chance := result.chance(metric)) is not None:
         parts.append(f"Guessing blindly: {percent(chance)}")

@@ -19,7 +19,7 @@ def answers(report: Report) -> str:
     ]
     if not blocks:
         return ""
-    if len(blocks) == 1:
+    if len(blocks) == len(report.runs) == 1:
         shown = blocks[0][1]
     else:
         shown = "\n".join(

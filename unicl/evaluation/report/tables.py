@@ -17,7 +17,8 @@ _TASKS = {
     ),
     "fine_tune": (
         "Naming images after fine-tuning",
-        "The same, after the model was trained on the set's own training images.",
+        "Each image is compared with every name, and the nearest name is the guess, after the "
+        "model was trained on the set's own training images.",
     ),
     "linear_probe": (
         "Linear probe",
