@@ -1,6 +1,7 @@
 """`unicl report`: runs by their folders, on one page beside the papers' figures."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from unicl.models import OPEN_CLIP, read_recipe
 logger = logging.getLogger("unicl")
 
 _RECIPE, _METRICS = "recipe.toml", "metrics.jsonl"
+# What many folders are called, so that it tells no run from another.
+_SAYS_NOTHING = re.compile(r"runs?|results?|step-\d+")
 
 
 def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) -> None:
@@ -94,7 +97,7 @@ def _place(path: Path, results: Path) -> _Place:
     if _is_run(path):
         return _Place(path.parts, path, results)
     if above.name == "checkpoints" and _is_run(above.parent):
-        return _Place(path.parts, above.parent, results)
+        return _Place((*above.parent.parts, path.name), above.parent, results)
     if any(results.glob("*.json")):
         return _Place(path.parts, None, results)
     run = above if path.name.startswith("evaluation") and _is_run(above) else None
@@ -106,13 +109,19 @@ def _is_run(folder: Path) -> bool:
 
 
 def _names(places: Sequence[_Place]) -> list[str]:
-    """Call each by as many of its last folders as it takes to tell all apart."""
+    """Call each by as many of its last folders as it takes to tell all apart, and to say a name."""
     longest = max(len(place.name) for place in places)
     for length in range(1, longest + 1):
-        names = ["/".join(place.name[-length:]) for place in places]
+        names = [_last(place.name, length) for place in places]
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(place.name)} {number}" for number, place in enumerate(places, start=1)]
+
+
+def _last(folders: Sequence[str], length: int) -> str:
+    while length < len(folders) and _SAYS_NOTHING.fullmatch(folders[-length]):
+        length += 1
+    return "/".join(folders[-length:])
 
 
 def _read(place: _Place, name: str, left_out: list[str]) -> Run:

@@ -71,6 +71,34 @@ def test_runs_that_are_compared(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["toy/first"], ["first"]),
+        (["toy/run"], ["toy/run"]),
+        (["toy/run", "other"], ["toy/run", "other"]),
+        (["toy/first", "other/first"], ["toy/first", "other/first"]),
+        (["a/toy/run", "b/toy/run"], ["a/toy/run", "b/toy/run"]),
+        (["toy/first/checkpoints/step-1"], ["first/step-1"]),
+        (["toy/run/checkpoints/step-1", "toy/run"], ["toy/run/step-1", "toy/run"]),
+    ],
+)
+def test_a_name_says_which_run_it_is(tmp_path: Path, folders: list[str], names: list[str]) -> None:
+    for folder in sorted(folders):
+        if "checkpoints" in folder:
+            run, step = folder.split("/checkpoints/")
+            save_result(tmp_path / run / f"evaluation-{step}", RESULT)
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+        else:
+            save_result(tmp_path / folder / "evaluation", RESULT)
+    report([tmp_path / folder for folder in folders], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    title = f"{' and '.join(names)} compared" if len(names) > 1 else f"Report of {names[0]}"
+    assert f"<h1>{title}</h1>" in html
+    assert re.findall(r"<th>.*?</i>([^<]*)</th>", html.split("<details>")[0]) == names
+
+
 @pytest.mark.parametrize("where", ["evaluation", "."])
 def test_results_without_a_run(tmp_path: Path, where: str) -> None:
     save_result(tmp_path / "model" / where, RESULT)
