@@ -112,6 +112,13 @@ def test_images_that_could_not_be_read() -> None:
     assert any("ours 3 (truncated: 3)" in line for line in differences(html))
 
 
+def test_of_a_set_that_no_paper_has_the_table_says_it() -> None:
+    damaged = result("zero_shot", "photos", num_classes=2)
+    html = page(replace(damaged, skipped={"undecodable image": 1200, "image too large": 34}))
+    assert "100 images, 2 names; 1,234 could not be read<" in html
+    assert "2 names<" in page(damaged)
+
+
 def test_what_the_regularisation_was_chosen_on() -> None:
     papers = "Florence (CoSwin-H) and CLIP (ViT-L/14)"
     said = "regularisation chosen on: ours a fifth of train;"

@@ -109,10 +109,17 @@ def _rows(
 
 
 def _set(name: str, results: Sequence[Result]) -> Cell:
-    images = " or ".join(dict.fromkeys(f"{result.num_images:,}" for result in results))
-    names = dict.fromkeys(result.protocol.get("num_classes") for result in results)
-    numbers = " or ".join(f"{number:,}" for number in names if isinstance(number, int))
-    return name, f"{images} images{f', {numbers} names' if numbers else ''}"
+    images = _either(result.num_images for result in results)
+    names = _either(n for r in results if isinstance(n := r.protocol.get("num_classes"), int))
+    unread = _either(number for r in results if (number := sum(r.skipped.values())))
+    return name, (
+        f"{images} images{f', {names} names' if names else ''}"
+        f"{f'; {unread} could not be read' if unread else ''}"
+    )
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(dict.fromkeys(f"{number:,}" for number in numbers))
 
 
 def _metric(metric: str) -> str:
