@@ -96,7 +96,7 @@ def test_a_name_says_which_run_it_is(tmp_path: Path, folders: list[str], names: 
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     title = f"{' and '.join(names)} compared" if len(names) > 1 else f"Report of {names[0]}"
     assert f"<h1>{title}</h1>" in html
-    assert re.findall(r"<th>.*?</i>([^<]*)</th>", html.split("<details>")[0]) == names
+    assert re.findall(r"<th[^>]*>.*?</i>([^<]*)</th>", html.split("<details>")[0]) == names
 
 
 @pytest.mark.parametrize("where", ["evaluation", "."])

@@ -47,7 +47,10 @@ th { font-weight: 600; vertical-align: bottom; }
 .words { text-align: left; min-width: 9em; }
 td small, th small { display: block; font-size: 12.5px; font-weight: 400; line-height: 1.3;
   white-space: nowrap; }
+.words small { white-space: normal; }
+.whole { white-space: nowrap; }
 .dot { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 50%; }
+.notes { margin-top: 16px; overflow-wrap: anywhere; }
 .notes p { margin-bottom: 6px; font-size: 15px; }
 .notes ul { margin: 0 0 8px; padding-left: 20px; font-size: 15px; }
 .notes + details table { font-size: 14px; }
@@ -104,7 +107,7 @@ footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line);
 footer p { margin-bottom: 4px; max-width: none; }
 @media (max-width: 640px) { body { padding: 24px 16px 20px; }
   th, td { padding-right: 10px; font-size: 14px; } td small { font-size: 11.5px; }
-  .words { min-width: 6.5em; overflow-wrap: anywhere; } .words small { white-space: normal; }
+  .words { min-width: 6.5em; overflow-wrap: anywhere; }
   .query, .curves { grid-template-columns: minmax(0, 1fr); } }
 """
 
@@ -166,6 +169,9 @@ def dot(run: int | None) -> str:
     return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
 
 
+# Characters of a column's head that is not broken into lines, nor parted from its dot.
+_WHOLE = 24
+
 Cell = str | tuple[str, str]
 """A text, or a text and what stands below it in small."""
 
@@ -195,21 +201,25 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, style: s
     head = ""
     if any(column.name for column in columns):
         cells = "".join(
-            f"<th{_words(column)}>{dot(column.run)}{_cell((column.name, column.aside))}</th>"
+            f"<th{_class(column, head=True)}>{dot(column.run)}"
+            f"{_cell((column.name, column.aside))}</th>"
             for column in columns
         )
         head = f"<thead><tr>{cells}</tr></thead>\n"
     lines = []
     for row in rows:
         pairs = zip(columns, row, strict=True)
-        filled = "".join(f"<td{_words(column)}>{_cell(cell)}</td>" for column, cell in pairs)
+        filled = "".join(f"<td{_class(column)}>{_cell(cell)}</td>" for column, cell in pairs)
         lines.append(f"<tr>{filled}</tr>")
     body = "<tbody>\n{}\n</tbody>".format("\n".join(lines))
     return f'<div class="scroll"><table class="{style}">\n{head}{body}</table></div>'
 
 
-def _words(column: Column) -> str:
-    return ' class="words"' if column.words else ""
+def _class(column: Column, *, head: bool = False) -> str:
+    names = ["words"] if column.words else []
+    if head and len(column.name) <= _WHOLE:
+        names.append("whole")
+    return f' class="{" ".join(names)}"' if names else ""
 
 
 def _cell(cell: Cell) -> str:

@@ -171,8 +171,17 @@ def test_a_headline_says_whose_it_is() -> None:
     assert owners["71.2%"] == owners["402"] == "UniCL grinning face"
     assert owners["34.5%"] == "CLIP grinning face"
     assert "CLIP grinning face: 402" in cards[-1]
+    assert "3 images (Scenes) get their own class" in "".join(cards)
     alone = render(replace(full(), runs=[ours])).split("<h2>")[0]
     assert "UniCL grinning" not in alone
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_short_name_stays_beside_its_dot(*, whole: bool) -> None:
+    report = Report(title="t", runs=[run("x" * (24 if whole else 25), 0.5)])
+    heads = re.findall(r'<th([^>]*)><i class="dot"', render(report))
+    assert heads
+    assert all(("whole" in head) == whole for head in heads)
 
 
 def test_one_run_has_one_column() -> None:

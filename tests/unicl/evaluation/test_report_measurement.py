@@ -112,6 +112,14 @@ def test_images_that_could_not_be_read() -> None:
     assert any("ours 3 (truncated: 3)" in line for line in differences(html))
 
 
+def test_what_nobody_says_is_not_asked() -> None:
+    measured = result("zero_shot", "cifar10", num_templates=18)
+    asked = page(measured, result("zero_shot", "digits")).split("The papers do not say")[1]
+    assert "precision" in asked.split("</ul>")[0]
+    silent = replace(measured, protocol={**measured.protocol, "precision": None})
+    assert "The papers do not say" not in page(silent, result("zero_shot", "digits"))
+
+
 def test_of_a_set_that_no_paper_has_the_table_says_it() -> None:
     damaged = result("zero_shot", "photos", num_classes=2)
     html = page(replace(damaged, skipped={"undecodable image": 1200, "image too large": 34}))

@@ -73,6 +73,7 @@ def _html(card: _Card, runs: Sequence[Run]) -> str:
 
 
 def _cards(runs: Sequence[Run]) -> Iterator[_Card]:
+    alone = len({result.name for run in runs for result in run.results}) == 1
     for wording in _WORDINGS:
         run = next((run for run in runs if _asked(run, wording)), None)
         if run is None:
@@ -82,7 +83,7 @@ def _cards(runs: Sequence[Run]) -> Iterator[_Card]:
         yield _Card(
             run,
             percent(result.metrics[wording.metric]),
-            _words(wording, result, alone=len(_asked(run, wording)) == 1),
+            _words(wording, result, alone=alone),
             _aside(result, wording.metric, others),
         )
     timed = [(run, f"{run.speed:,.0f}") for run in runs if run.speed is not None]

@@ -178,7 +178,8 @@ def _compare(
         for peer in peers
     ]
     said = {name: {each[name] for each in theirs if name in each} for name in sets}
-    unsaid = {name for name, values in said.items() if values == {_NOT_SAID}}
+    known = {name for each in ours for name, value in each.items() if value}
+    unsaid = {name for name in known if said[name] == {_NOT_SAID}}
     return _Compared(
         aspect.name, ours, theirs, _differing(ours, ours), _differing(ours, theirs), unsaid
     )

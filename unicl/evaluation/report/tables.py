@@ -74,7 +74,7 @@ def _section(task: str, runs: Sequence[Run]) -> str:
     intervals = any(r.interval for each in results for r in each)
     return (
         f'<h2>{escape(heading)}</h2>\n<p class="soft">{escape(words)}'
-        f"{' Below a figure is its 95% confidence interval.' if intervals else ''}</p>\n"
+        f"{' A range below a figure is its 95% confidence interval.' if intervals else ''}</p>\n"
         f"{table(columns, rows)}\n{measurement(runs, results, peers)}"
     )
 
