@@ -147,7 +147,7 @@ def test_max_iterations_bounds_the_work() -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     features, targets = draw(1000)
     (whole,) = fit(features, targets, num_classes=CLASSES, strengths=[0.1])
-    monkeypatch.setattr("unicl.evaluation.linear_probe._LOGITS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("unicl.evaluation.linear_probe.solver._LOGITS_AT_ONCE", {"cpu": 1})
     (chunked,) = fit(features, targets, num_classes=CLASSES, strengths=[0.1])
     torch.testing.assert_close(chunked.weight, whole.weight)
 

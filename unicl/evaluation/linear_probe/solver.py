@@ -1,54 +1,24 @@
-"""Linear probes: logistic regression on frozen features, CLIP's search included (Florence 3.2).
+"""Logistic regression of the same images for one regularisation after another.
 
-The objective is that of scikit-learn's `LogisticRegression`: for an inverse strength C of the
-regularisation,
-
-    1/2 ||weight||^2  +  C * sum over the images of the cross-entropy
-
-with an intercept that is not penalised. Images with several labels have one logistic regression
-per class, as in `OneVsRestClassifier`.
-
-How it is solved: full-batch L-BFGS, whose first guess of the inverse Hessian is a Kronecker
-product. The Hessian is a mean over images of (covariance of the predicted class) x (features' outer
-product); the product of the two means is close to it, follows the features whatever their scale
-and correlation, and is inverted for every C by the same two small eigendecompositions. Several C
-are solved as a path, each from the solution before it.
+Full-batch L-BFGS, whose first guess of the inverse Hessian is a Kronecker product. The Hessian is a
+mean over images of (covariance of the predicted class) x (features' outer product); the product of
+the two means is close to it, follows the features whatever their scale and correlation, and is
+inverted for every C by the same two small eigendecompositions. Several C are solved as a path, each
+from the solution before it.
 """
 
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from unicl.data.atomic import atomic_file
-from unicl.errors import UniclError, UsageError
-from unicl.evaluation.metrics import top_k_accuracy
-
-# `check` compares the sizes, and says it in words.
-Features = Float[Tensor, "_num_images _dim"]
-Targets = Int[Tensor, " _num_images"] | Bool[Tensor, "_num_images _num_classes"]
-"""One class per image, or a table of which classes an image shows."""
-
-Metric = Callable[..., float]
-"""Of scores [num_images, num_classes] and targets; the higher the better."""
-
-# CLIP's grid (CLIP, A.3): from 1e-6 to 1e6, searched down to eight steps per decade.
-_STEPS_PER_DECADE = 8
-_DECADES = 6
-_FIRST_STEP = 2 * _STEPS_PER_DECADE
-
-# What probes that are only compared are solved to; their accuracies hardly move below it.
-_COMPARED = 1e-4
+from unicl.errors import UsageError
+from unicl.evaluation.linear_probe.features import Features, Targets, check
+from unicl.evaluation.linear_probe.probe import LinearProbe
 
 # Logits that exist at one time. Fewer would fit a CPU's nearest cache, but its threads wait for
 # each other after every chunk, which costs more where they share the machine.
@@ -58,116 +28,6 @@ _LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 _MEMORY = 20
 
 _MOST_TRIALS = 12
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LinearProbe:
-    """A linear classifier of features."""
-
-    weight: Float[Tensor, "num_classes dim"] = field(repr=False)
-    bias: Float[Tensor, " num_classes"] = field(repr=False)
-    strength: float
-    """C of the objective: the larger, the less the weights are held back."""
-    names: tuple[str, ...] | None = field(default=None, repr=False)
-    """The classes' names, if they are known."""
-    model: str | None = field(default=None, repr=False)
-    """Fingerprint of the model whose features it takes, if it is known."""
-
-    def scores(self, features: Features) -> Float[Tensor, "_num_images num_classes"]:
-        """Logits of every class: of a softmax, or one sigmoid each where images have many labels.
-
-        Raises:
-            UsageError: features and probe differ in width.
-        """
-        dim = self.weight.shape[1]
-        if features.shape[1] != dim:
-            raise UsageError(
-                f"the probe was fitted on features of width {dim}, these are {features.shape[1]} "
-                "wide: embed the images with the probe's own model"
-            )
-        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
-        return torch.addmm(bias, features.to(weight.dtype), weight.T)
-
-    def predict(self, features: Features) -> Int[Tensor, " _num_images"]:
-        """The class of the highest score.
-
-        Raises:
-            UsageError: features and probe differ in width.
-        """
-        return self.scores(features).argmax(dim=1)
-
-    def save(self, path: Path) -> None:
-        """Write the probe as one safetensors file.
-
-        Raises:
-            UniclError: the file cannot be written.
-        """
-        tensors = {"weight": self.weight, "bias": self.bias}
-        metadata = {"format": "pt", "strength": repr(self.strength)}
-        if self.names is not None:
-            metadata["names"] = json.dumps(self.names)
-        if self.model is not None:
-            metadata["model"] = self.model
-        data = save({name: value.contiguous() for name, value in tensors.items()}, metadata)
-        with atomic_file(Path(path)) as file:
-            file.write(data)
-
-    @classmethod
-    def load(cls, path: Path) -> "LinearProbe":
-        """Read a probe that `save` wrote; its tensors lie on the CPU.
-
-        Raises:
-            UsageError: the file is missing or cannot be read, or holds no probe.
-            UniclError: the file is damaged.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-        except OSError as error:
-            reason = error.strerror or ("no such file" if not Path(path).exists() else str(error))
-            raise UsageError(f"cannot read the probe {path}: {reason}") from error
-        except SafetensorError as error:
-            raise UniclError(f"the probe {path} is damaged: {error}; fit it again") from error
-        try:
-            return cls._of(tensors, metadata)
-        except (KeyError, ValueError, TypeError) as error:
-            raise UsageError(
-                f"{path} holds no linear probe: it needs finite weights [classes, width], as many "
-                "biases, a strength, and perhaps as many names"
-            ) from error
-
-    @classmethod
-    def _of(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "LinearProbe":
-        weight, bias = tensors["weight"], tensors["bias"]
-        names = tuple(json.loads(metadata["names"])) if "names" in metadata else None
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ValueError("shapes")
-        if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise ValueError("not finite")
-        if names is not None and len(names) != len(weight):
-            raise ValueError("names")
-        return cls(
-            weight=weight,
-            bias=bias,
-            strength=float(metadata["strength"]),
-            names=names,
-            model=metadata.get("model"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """What a search over the regularisation found."""
-
-    probe: LinearProbe
-    """Fitted on training and validation images with the best strength."""
-    strength: float
-    """The best C; of equally good ones the smallest, which regularises most."""
-    metric: float
-    """What the probe with this C, fitted on the training images, reaches in validation."""
-    curve: dict[float, float]
-    """The validation metric by C, ascending, for every C that was tried."""
 
 
 def fit(
@@ -207,144 +67,13 @@ def fit(
             raise UsageError(f"a strength must be a positive number, got {strength}")
     if start is not None and len(start) != len(strengths):
         raise UsageError(f"{len(strengths)} strengths but {len(start)} probes to start from")
-    solver = _Solver([(features, targets)], num_classes, max_iterations, tolerance)
+    solver = Solver([(features, targets)], num_classes, max_iterations, tolerance)
     probes: dict[int, LinearProbe] = {}
     before = None
     for number in sorted(range(len(strengths)), key=lambda number: strengths[number]):
         before = solver.solve(strengths[number], before if start is None else start[number])
         probes[number] = before
     return [probes[number] for number in range(len(strengths))]
-
-
-def search(
-    train_features: Features,
-    train_targets: Targets,
-    val_features: Features,
-    val_targets: Targets,
-    *,
-    num_classes: int,
-    metric: Metric = top_k_accuracy,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-6,
-) -> Search:
-    """CLIP's search for C (CLIP, A.3), then a fit on training and validation images together.
-
-    C is tried at every second power of ten from 1e-6 to 1e6, then on both sides of the best one,
-    at half the distance each time, down to an eighth of a decade.
-
-    Args:
-        train_features: what probes are fitted on.
-        train_targets: their classes.
-        val_features: what probes are compared on.
-        val_targets: their classes.
-        num_classes: classes to choose from.
-        metric: of scores and targets; the higher the better.
-        max_iterations: as in `fit`.
-        tolerance: of the last fit, as in `fit`; those before it end at 1e-4.
-
-    Raises:
-        UsageError: as in `fit`, for either split, or the splits differ in width.
-    """
-    check(train_features, train_targets, num_classes, "training ")
-    check(val_features, val_targets, num_classes, "validation ", fitted=False)
-    if train_features.shape[1] != val_features.shape[1]:
-        raise UsageError(
-            f"the training features are {train_features.shape[1]} wide, the validation features "
-            f"{val_features.shape[1]}: embed both with one model"
-        )
-    if train_targets.dtype != val_targets.dtype:
-        raise UsageError(
-            f"the training targets are {train_targets.dtype}, the validation targets "
-            f"{val_targets.dtype}: give both as classes, or both as tables of bools"
-        )
-    train, validation = (train_features, train_targets), (val_features, val_targets)
-    solver = _Solver([train], num_classes, max_iterations, max(tolerance, _COMPARED))
-    probes: dict[int, LinearProbe] = {}
-    found: dict[int, float] = {}
-
-    def attempt(position: int) -> None:
-        probe = solver.solve(10 ** (position / _STEPS_PER_DECADE), _between(probes, position))
-        probes[position] = probe
-        found[position] = metric(probe.scores(val_features), val_targets)
-
-    def best() -> int:
-        return min(found, key=lambda position: (-found[position], position))
-
-    last = _DECADES * _STEPS_PER_DECADE
-    step = _FIRST_STEP
-    for position in range(-last, last + 1, step):
-        attempt(position)
-    while step > 1:
-        step //= 2
-        centre = best()
-        for position in (centre - step, centre + step):
-            if abs(position) <= last:
-                attempt(position)
-    chosen = probes[best()]
-    whole = _Solver([train, validation], num_classes, max_iterations, tolerance)
-    return Search(
-        probe=whole.solve(chosen.strength, chosen),
-        strength=chosen.strength,
-        metric=found[best()],
-        curve={probes[position].strength: found[position] for position in sorted(found)},
-    )
-
-
-def check(
-    features: Features, targets: Targets, num_classes: int, what: str = "", *, fitted: bool = True
-) -> None:
-    """Say in one line what is wrong with features and their targets, if anything is.
-
-    Args:
-        features: the features.
-        targets: what they show.
-        num_classes: classes to choose from.
-        what: the split's name for the message.
-        fitted: whether a probe is to be fitted on them, which one class alone does not allow.
-
-    Raises:
-        UsageError: something is wrong.
-    """
-    if len(features) != len(targets):
-        raise UsageError(f"{len(features)} {what}features but {len(targets)} {what}targets")
-    if not features.numel():
-        raise UsageError(f"there are no {what}features: a probe needs images of two classes")
-    # The sum is finite if all numbers are, unless it overflows: only then look at each.
-    if not features.sum().isfinite() and not features.isfinite().all():
-        row = int((~features.isfinite()).any(dim=1).nonzero()[0])
-        raise UsageError(f"{what}features of image {row} are not finite: embed it again")
-    if targets.dtype == torch.bool:
-        if targets.shape[1] != num_classes:
-            raise UsageError(
-                f"the {what}targets are a table of {targets.shape[1]} classes, not of {num_classes}"
-            )
-        if fitted and not targets.any():
-            raise UsageError(f"no class is shown in the {what}targets: a probe needs some images")
-        return
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise UsageError(
-            f"the {what}targets hold class {wrong}, but there are {num_classes} classes, from 0"
-        )
-    if fitted and low == high:
-        raise UsageError(f"all {what}targets are class {low}: a probe needs at least two classes")
-
-
-def _between(probes: dict[int, LinearProbe], position: int) -> LinearProbe | None:
-    """Where to start: between the solved neighbours on both sides, or at the one there is."""
-    below = max((other for other in probes if other < position), default=None)
-    above = min((other for other in probes if other > position), default=None)
-    if below is None or above is None:
-        neighbour = below if above is None else above
-        return None if neighbour is None else probes[neighbour]
-    low, high = probes[below], probes[above]
-    share = (position - below) / (above - below)
-    return LinearProbe(
-        weight=torch.lerp(low.weight, high.weight, share),
-        bias=torch.lerp(low.bias, high.bias, share),
-        strength=low.strength,
-    )
 
 
 class _Value(NamedTuple):
@@ -356,7 +85,7 @@ class _Value(NamedTuple):
     """Mean over the images of the covariance of the predicted class, where it was asked for."""
 
 
-class _Solver:
+class Solver:
     """Solves the same images for one C after another.
 
     Parameters are one tensor [num_classes, dim + 1], the intercept last. The intercept belongs to
