@@ -5,23 +5,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from unicl.config import recipe_to_toml
+from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UsageError
 from unicl.evaluation.results import read_results
 from unicl.evaluator import results_folder
+from unicl.export import FORMATS
 from unicl.export.card import Card
+from unicl.export.folder import require_new
 from unicl.export.hub import push_to_hub
 from unicl.export.onnx import export_onnx
-from unicl.export.open_clip import export_open_clip
+from unicl.export.open_clip import export_open_clip, has_coswin
 from unicl.export.safetensors import export_safetensors
 from unicl.models import OPEN_CLIP, load, recipe_of
+from unicl.towers.open_clip import LOCAL
+from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
-
-FORMATS = ("open_clip", "onnx", "safetensors")
-"""What a model can be exported to."""
-
-_LOCAL = f"{OPEN_CLIP}local-dir:"
 
 
 def export(
@@ -52,13 +51,14 @@ def export(
     """
     if to not in FORMATS:
         raise UsageError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
-    recipe = recipe_of(model)
-    if to == "safetensors" and (recipe.model or "").startswith(_LOCAL):
-        raise UsageError(
-            f"{model} is built from the folder {(recipe.model or '').removeprefix(_LOCAL)}, which "
-            "safetensors' recipe would need elsewhere, too; export it with --format open_clip"
-        )
+    require_new(out)
     loaded = load(model)
+    recipe = recipe_of(model, loaded)
+    if to == "safetensors" and (folder := _folder_of_open_clip(recipe)):
+        raise UsageError(
+            f"{model} is built from the folder {folder}, which a safetensors export would need "
+            "wherever it goes; export it with --format open_clip"
+        )
     card = Card(
         name=out.name,
         license=license,
@@ -83,10 +83,28 @@ def export(
             optimizer=replace(recipe.optimizer, ema_decay=None),
         )
         export_safetensors(loaded.model, out, recipe=recipe_to_toml(final), card=card)
-    logger.info("%s in %s's format in %s", model, to, out)
+    logger.info("exported %s to %s (%s)", model, out, to)
     if push is not None:
         logger.info("uploaded: %s", push_to_hub(out, push, private=private))
+    logger.info("%s", _how_to_use(out, to, loaded.model))
     return out
+
+
+def _folder_of_open_clip(recipe: Recipe) -> str:
+    """Return the folder in open_clip's format that the towers are built from, or nothing."""
+    name = (recipe.model or "").removeprefix(OPEN_CLIP)
+    folder = name.removeprefix(LOCAL)
+    return folder if folder != name or (name and Path(name).is_dir()) else ""
+
+
+def _how_to_use(out: Path, to: str, model: TwoTower) -> str:
+    if to == "onnx":
+        return f"{out / 'README.md'} shows its use with onnxruntime"
+    here = f"name it {out} wherever unicl takes a model"
+    if to == "safetensors":
+        return here
+    first = "import cosswin; " if has_coswin(model) else ""
+    return f'{here}; in Python: {first}open_clip.create_model_and_transforms("local-dir:{out}")'
 
 
 def _metrics(model: str | Path) -> Mapping[str, float]:

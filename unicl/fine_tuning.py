@@ -25,7 +25,7 @@ from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.results import Result, save_result
 from unicl.evaluator import Options, check, setting_of
-from unicl.models import OPEN_CLIP, choose_device, load, read_recipe, recipe_of
+from unicl.models import OPEN_CLIP, choose_device, full_name, load, read_recipe, recipe_of
 
 logger = logging.getLogger("unicl")
 
@@ -105,12 +105,13 @@ def fine_tuning_recipe(
         name, num_samples = "finetune_captions", sum(len(texts) for texts in training.captions)
     else:
         name, num_samples = "finetune_classes", training.num_samples
+    model = full_name(model)
     base, towers = load_recipe(name), recipe_of(model)
     whole = replace(
         base,
         embed_dim=towers.embed_dim,
         model=towers.model,
-        weights=None if str(model).startswith(OPEN_CLIP) else str(model),
+        weights=None if model.startswith(OPEN_CLIP) else model,
         image_tower=replace(towers.image_tower, weights=None, locked=False),
         text_tower=replace(towers.text_tower, locked=False),
         data=replace(base.data, train=str(out / "data")),

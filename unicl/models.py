@@ -27,6 +27,7 @@ from unicl.engine.checkpoint import (
 )
 from unicl.errors import UniclError, UsageError
 from unicl.towers.image import ImageTower, read_safetensors
+from unicl.towers.open_clip import CONFIG, LOCAL, load_open_clip
 from unicl.towers.pretrained import Pretrained
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower, carry_model
@@ -69,8 +70,6 @@ def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
 
 
 def _build_open_clip(recipe: Recipe, name: str, *, start: bool) -> TwoTower:
-    from unicl.towers.open_clip import load_open_clip  # takes seconds to import
-
     own_start = start and recipe.weights is None
     model = load_open_clip(name.removeprefix(OPEN_CLIP), weights=own_start).model
     towers: dict[str, Any] = {"image": model.image, "text": model.text}
@@ -141,8 +140,6 @@ class _Reading:
 
 @functools.cache
 def _sizes(name: str) -> _Reading:
-    from unicl.towers.open_clip import load_open_clip
-
     found = load_open_clip(name.removeprefix(OPEN_CLIP), weights=False)
     with torch.no_grad():
         text = found.model.encode_text(found.tokenize(["a"]))
@@ -190,19 +187,18 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
     """Load a model by its name, with all that its use takes; nothing is unpickled.
 
     Args:
-        name: a run's folder or one of its checkpoints, a folder that `unicl export` wrote,
-            `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
+        name: a run's folder or one of its checkpoints, a folder that `unicl export` or open_clip
+            wrote, `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UniclError: there is no such model, or it is damaged.
-        UsageError: `device` is not there, or the model's architecture is not supported.
+        UsageError: there is no such model or `device`, or its architecture is not supported.
+        UniclError: the model is damaged.
     """
     chosen = choose_device(device)
-    if str(name).startswith(OPEN_CLIP):
-        from unicl.towers.open_clip import load_open_clip  # takes seconds to import
-
-        pretrained = load_open_clip(str(name).removeprefix(OPEN_CLIP))
+    name = full_name(name)
+    if name.startswith(OPEN_CLIP):
+        pretrained = load_open_clip(name.removeprefix(OPEN_CLIP))
     elif Path(name).suffix in _RELEASE:
         from unicl.towers.release import load_release
 
@@ -211,6 +207,21 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
         pretrained = _load_own(Path(name))
     pretrained.model.to(chosen).eval()
     return pretrained
+
+
+def full_name(name: str | Path) -> str:
+    """Return a model's name, that of a folder in open_clip's format with `open_clip:` before it.
+
+    Raises:
+        UsageError: there is no such file or folder, or no model in it.
+    """
+    path = Path(name)
+    if str(name).startswith(OPEN_CLIP):
+        return str(name)
+    if not path.exists():
+        raise UsageError(f"there is no model {name}: no such file or folder")
+    is_own = path.suffix in _RELEASE or (_run_of(path) / "recipe.toml").is_file()
+    return f"{OPEN_CLIP}{LOCAL}{name}" if not is_own and (path / CONFIG).is_file() else str(name)
 
 
 def _load_own(path: Path) -> Pretrained:
@@ -236,18 +247,23 @@ def _load_own(path: Path) -> Pretrained:
     )
 
 
-def recipe_of(name: str | Path) -> Recipe:
+def recipe_of(name: str | Path, loaded: Pretrained | None = None) -> Recipe:
     """Return the recipe whose towers are those of a model that is named as in `load`.
 
+    Args:
+        name: the model.
+        loaded: the same, where it is loaded already.
+
     Raises:
-        UniclError: there is no such model, or it is damaged.
-        UsageError: its towers cannot be built from a recipe.
+        UsageError: there is no such model, or its towers cannot be built from a recipe.
+        UniclError: it is damaged.
     """
-    if str(name).startswith(OPEN_CLIP):
-        return complete(Recipe(model=str(name)))
+    name = full_name(name)
+    if name.startswith(OPEN_CLIP):
+        return complete(Recipe(model=name))
     if Path(name).suffix not in _RELEASE:
         return read_recipe(_run_of(Path(name)))
-    found = load(name)
+    found = load(name) if loaded is None else loaded
     image, text = found.model.image, found.model.text
     assert isinstance(image, ImageTower)
     assert isinstance(text, TextTower)
@@ -320,7 +336,7 @@ def _weights_of(path: Path) -> Path:
     elif path.is_dir():
         verify_checkpoint(path, only=name)
     else:
-        raise UniclError(f"there is no checkpoint {path}")
+        raise UsageError(f"there is no checkpoint {path}")
     return path / name
 
 
@@ -352,7 +368,8 @@ def read_recipe(run: Path) -> Recipe:
     except OSError as error:
         inside = sorted(run.glob("*/recipe.toml"))
         hint = f"; perhaps you mean {inside[0].parent}" if inside else ""
-        raise UniclError(
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        raise (UsageError if missing else UniclError)(
             f"{run} is not a run: cannot read {path}: {error.strerror}{hint}"
         ) from error
     except UnicodeDecodeError as error:

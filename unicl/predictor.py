@@ -76,8 +76,8 @@ class Predictor:
         """Load a model by its name; nothing is unpickled.
 
         Args:
-            name: a run's folder or one of its checkpoints, an exported folder,
-                `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
+            name: a run's folder or one of its checkpoints, a folder that `unicl export` or
+                open_clip wrote, `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
             device: auto, cpu, cuda or cuda:N.
             batch_size: images or texts per forward pass.
             precision: type of the towers' arithmetic: fp32, bf16 or fp16.

@@ -18,6 +18,7 @@ from unicl.evaluation.answers import load_answers
 from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.results import read_results
 from unicl.evaluator import evaluate
+from unicl.fine_tuning import fine_tuning_recipe
 from unicl.predictor import Predictor
 
 
@@ -147,7 +148,7 @@ def test_the_paper_stands_beside(capsys: pytest.CaptureFixture[str], place: Path
         (("eval", "run", "zeroshot", "digits"), "there is no task 'zeroshot': choose from zero"),
         (("eval", "run", "zero-shot", "digit"), "did you mean d"),
         (("eval", "run", "zero-shot", "cifar10"), "cifar10 needs cifar-10-batches-py"),
-        (("eval", "nowhere", "zero-shot", "digits"), "nowhere is not a run"),
+        (("eval", "nowhere", "zero-shot", "digits"), "there is no model nowhere"),
         (("eval", "run", "retrieval", "digits"), "digits has classes, but captions are needed"),
         (("eval", "run", "linear-probe", "held_out"), "a linear probe is fitted on a train split"),
         (("eval", "run", "zero-shot", "digits", "--precision", "int8"), "precision must be one of"),
@@ -216,12 +217,20 @@ def test_an_index_knows_its_model(capsys: pytest.CaptureFixture[str], place: Pat
     assert "is not empty" in refused(capsys, "embed", "run", "digits", "--out", "of_run")
 
 
-def test_an_exported_model_is_a_model(place: Path) -> None:
-    for name in ("safetensors", "open_clip"):
-        assert main(["export", "run", "--format", name, "--out", f"as_{name}"]) == 0
+def test_an_exported_model_is_a_model(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    theirs = 'open_clip.create_model_and_transforms("local-dir:{}")'
+    for model, name, out, use in (
+        ("run", "safetensors", "as_safetensors", "name it as_safetensors wherever"),
+        ("run", "open_clip", "as_open_clip", f"import cosswin; {theirs.format('as_open_clip')}"),
+        ("as_open_clip", "open_clip", "once_more", f"import cosswin; {theirs.format('once_more')}"),
+    ):
+        assert main(["export", model, "--format", name, "--out", out]) == 0
+        assert use in capsys.readouterr().err.splitlines()[-1]
+    assert "import cosswin" in Path("once_more/README.md").read_text()
     image = [np.full((24, 24, 3), 90, np.uint8)]
     own = Predictor.load("run", device="cpu")
-    for name in ("as_safetensors", "open_clip:local-dir:as_open_clip"):
+    folder = f"open_clip:{place / 'as_open_clip'}"
+    for name in ("as_safetensors", "as_open_clip", "open_clip:once_more", folder):
         other = Predictor.load(name, device="cpu")
         np.testing.assert_allclose(
             other.embed_images(image), own.embed_images(image), rtol=1e-4, atol=1e-5
@@ -231,6 +240,11 @@ def test_an_exported_model_is_a_model(place: Path) -> None:
         )
     run("eval", "as_safetensors", "zero-shot", "digits", "--workers", "0")
     assert Path("as_safetensors/evaluation/zero_shot_digits.json").exists()
+    digits = open_image_set("digits", split="train", root=Path())
+    recipe = fine_tuning_recipe("as_open_clip", digits, Path("tuned"), {})
+    assert (recipe.model, recipe.weights) == ("open_clip:local-dir:as_open_clip", None)
+    error = refused(capsys, "export", "as_open_clip", "--format", "safetensors", "--out", "x")
+    assert "as_open_clip is built from the folder as_open_clip, which a safetensors" in error
 
 
 @pytest.mark.slow

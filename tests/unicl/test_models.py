@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tests.unicl.towers.test_release import released_weights, theirs, write
-from unicl.errors import UniclError, UsageError
+from unicl.config import Recipe, recipe_to_toml
+from unicl.errors import UsageError
 from unicl.exporting import export
 from unicl.models import load, recipe_of
+from unicl.towers import release
 
 __all__ = ["theirs"]  # a fixture
 
@@ -17,7 +19,11 @@ def test_a_released_checkpoint_becomes_a_model_of_ours(theirs, tmp_path, monkeyp
     recipe = recipe_of(path)
     assert recipe.image_tower.model == "swin_tiny_patch4_window7_224"
     assert (recipe.text_tower.activation, recipe.text_tower.norm_eps) == ("quick_gelu", 1e-12)
+    read = []
+    load_once = release.load_release
+    monkeypatch.setattr(release, "load_release", lambda p: read.append(p) or load_once(p))
     export(path, tmp_path / "ours", to="safetensors")
+    assert read == [path]
     released, ours = load(path), load(tmp_path / "ours")
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     for model in (released, ours):
@@ -30,13 +36,22 @@ def test_a_released_checkpoint_becomes_a_model_of_ours(theirs, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "message"),
     [
-        ("nowhere", UniclError, "nowhere is not a run"),
-        ("open_clip:ViT-B-33", UsageError, "ViT-B-32"),
-        ("nowhere.pth", UniclError, "nowhere.pth"),
+        ("nowhere", "there is no model nowhere"),
+        ("photos", "photos is not a run: cannot read photos/recipe.toml"),
+        ("a.txt", "a.txt is not a run"),
+        ("run/checkpoints/step-9", "there is no model run/checkpoints/step-9"),
+        ("open_clip:ViT-B-33", "ViT-B-32"),
+        ("open_clip:photos", "there is no photos/open_clip_config.json"),
+        ("nowhere.pth", "there is no model nowhere.pth"),
     ],
 )
-def test_what_is_no_model_is_said(name, error, message):
-    with pytest.raises(error, match=message):
+def test_what_is_no_model_is_said(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "run" / "recipe.toml").write_text(recipe_to_toml(Recipe()))
+    with pytest.raises(UsageError, match=message):
         load(name)

@@ -12,7 +12,10 @@ from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
 
-_MODEL = "a run's folder or checkpoint, an exported folder, open_clip:NAME[/WEIGHTS], or a .pth"
+_MODEL = (
+    "a run's folder or checkpoint, a folder that export or open_clip wrote, "
+    "open_clip:NAME[/WEIGHTS], or a .pth"
+)
 _SET = "a known set's name, a folder of class folders, of prepared shards or of WebDataset tars"
 
 

@@ -12,6 +12,16 @@ from unicl.data.atomic import partial_path, write_error
 from unicl.errors import UniclError, UsageError
 
 
+def require_new(folder: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        UsageError: It is no empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already; remove it, or choose another folder")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Open a folder beside `folder` to write into; rename it once the block has succeeded.
@@ -20,8 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UsageError: There is something in `folder` already, or it has no name of its own.
         UniclError: The disk is full, the place is read-only, ...; nothing is left behind.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already; remove it, or choose another folder")
+    require_new(folder)
     partial = partial_path(folder)
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import cosswin
@@ -87,6 +87,11 @@ def export_open_clip(
         text = _card_text(card, model, folder.name, preprocess)
         (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
+
+
+def has_coswin(model: TwoTower) -> bool:
+    """Whether open_clip can build the image tower only after `import cosswin`."""
+    return any(isinstance(module, cosswin.CoSwin) for module in model.image.modules())
 
 
 def _own_config(model: TwoTower, image_size: int) -> dict[str, Any]:
@@ -239,8 +244,7 @@ def _compare(model: TwoTower, folder: Path, *, image_size: int) -> None:
 
 
 def _card_text(card: Card, model: TwoTower, name: str, preprocess: dict[str, Any]) -> str:
-    backbone: nn.Module | None = getattr(model.image, "backbone", None)
-    own = isinstance(backbone, cosswin.CoSwin)
+    own = has_coswin(model)
     by_name = _BY_NAME.format(
         name=name, weights=_WEIGHTS, mean=preprocess["mean"], std=preprocess["std"]
     )
@@ -250,5 +254,9 @@ def _card_text(card: Card, model: TwoTower, name: str, preprocess: dict[str, Any
         usage=_USAGE.format(
             name=name, imports="import cosswin  # brings the image tower\n" if own else ""
         ),
-        notes=[by_name, *([_COSSWIN] if own else []), *([_CROP] if backbone is not None else [])],
+        notes=[
+            by_name,
+            *([_COSSWIN] if own else []),
+            *([_CROP] if isinstance(model.image, ImageTower) else []),
+        ],
     )

@@ -34,7 +34,9 @@ logger = logging.getLogger("unicl")
 CONFIG = "open_clip_config.json"
 """The file that makes a folder one of open_clip's."""
 
-_LOCAL = "local-dir:"
+LOCAL = "local-dir:"
+"""What the name of a folder in its format begins with."""
+
 _HUB = "hf-hub:"
 _CLIP_MAX_SCALE = 100.0
 # What open_clip says when it cannot download.
@@ -250,8 +252,8 @@ def load_open_clip(name: str, *, weights: bool = True) -> Pretrained:
 
     Args:
         name: `ARCHITECTURE`, which is random; `ARCHITECTURE/TAG` for published weights;
-            `ARCHITECTURE/PATH` for a file, never unpickled; `local-dir:FOLDER` or
-            `hf-hub:ORG/NAME`.
+            `ARCHITECTURE/PATH` for a file, never unpickled; `FOLDER` or `local-dir:FOLDER` with an
+            `open_clip_config.json`; `hf-hub:ORG/NAME`.
         weights: Load or download them; without, the model is random, for weights that follow.
 
     Raises:
@@ -284,13 +286,15 @@ def _parse(name: str, *, weights: bool) -> tuple[str, str | None]:
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", name.removeprefix(_HUB)):
             raise UsageError(f"open_clip:{name} must be open_clip:{_HUB}ORG/NAME")
         return name, None
-    if name.startswith(_LOCAL):
-        path = Path(name.removeprefix(_LOCAL)) / CONFIG
+    if name.startswith(LOCAL):
+        path = Path(name.removeprefix(LOCAL)) / CONFIG
         if not path.is_file():
             raise UsageError(f"open_clip:{name}: there is no {path}; name a folder that has one")
         return name, None
     architecture, _, source = name.partition("/")
     models = open_clip.list_models()
+    if architecture not in models and Path(name).is_dir():
+        return _parse(f"{LOCAL}{name}", weights=weights)
     if architecture not in models:
         nearest = _nearest(architecture, models, "see open_clip.list_models()")
         raise UsageError(f"open_clip has no architecture {architecture!r}; {nearest}")
@@ -315,7 +319,7 @@ def _nearest(word: str, words: Sequence[str], otherwise: str) -> str:
 
 
 def _has_scheme(architecture: str) -> bool:
-    return architecture.startswith((_HUB, _LOCAL))
+    return architecture.startswith((_HUB, LOCAL))
 
 
 def _config(architecture: str, full_name: str) -> dict[str, Any]:
@@ -324,8 +328,8 @@ def _config(architecture: str, full_name: str) -> dict[str, Any]:
 
     if not _has_scheme(architecture):
         return {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": {}}
-    if architecture.startswith(_LOCAL):
-        path = Path(architecture.removeprefix(_LOCAL)) / CONFIG
+    if architecture.startswith(LOCAL):
+        path = Path(architecture.removeprefix(LOCAL)) / CONFIG
     else:
         path = _download_config(architecture.removeprefix(_HUB), full_name)
     try:
@@ -368,7 +372,7 @@ def _create(
     if architecture.startswith(_HUB) and not weights:
         # open_clip would download the weights, even if it does not load them.
         (Path(scratch) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        architecture = f"{_LOCAL}{scratch}"
+        architecture = f"{LOCAL}{scratch}"
     trained = weights and (source is not None or _has_scheme(architecture))
     try:
         model = open_clip.create_model(
@@ -388,7 +392,7 @@ def _create(
             full_name=full_name,
             address=published["url"] if by_url else f"{_hub()}/{repository}".rstrip("/"),
             cache="~/.cache/clip" if by_url else _hub_cache(),
-            local=architecture.startswith(_LOCAL),
+            local=architecture.startswith(LOCAL),
         ) from error
     return model, config
 

@@ -9,8 +9,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from tests.unicl.export.towers import random_pixels, small_model
-from unicl.cli import main
-from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UniclError, UsageError
 from unicl.export import safetensors as export
 from unicl.export.card import Card, render
@@ -114,14 +112,3 @@ def test_what_comes_back_is_compared(tmp_path, monkeypatch, damage):
     with pytest.raises(UniclError, match="logit_scale comes back otherwise than it was"):
         export_safetensors(model, tmp_path / "other", recipe="")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_recipe_of_a_local_folder_stays_where_it_is(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    recipe = recipe_to_toml(Recipe(model="open_clip:local-dir:theirs"))
-    (tmp_path / "run" / "recipe.toml").write_text(recipe)
-    words = ["export", str(tmp_path / "run"), "--format", "safetensors", "--out", "x"]
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert "is built from the folder theirs" in error
-    assert "export it with --format open_clip" in error
