@@ -32,8 +32,7 @@ from unicl.search.change import chosen_kind
 from unicl.search.collection import Collection, require_empty
 from unicl.search.gallery import Answer, write_gallery
 from unicl.search.index import Found, SearchIndex, require_setting
-from unicl.search.items import Item
-from unicl.search.state import Block
+from unicl.search.items import Block, Item
 
 logger = logging.getLogger("unicl")
 

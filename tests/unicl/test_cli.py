@@ -6,7 +6,28 @@ import sys
 import pytest
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl.cli import main
+from unicl import evaluator
+from unicl.cli import main, using
+from unicl.errors import UsageError
+from unicl.evaluation.embeddings import autocast_of
+
+# What `eval`, `embed`, `index`, `search` and `export` refuse before they import torch.
+WITHOUT_TORCH = [
+    (["eval", "nowhere", "zero-shot", "digits"], "there is no model nowhere: no such file"),
+    (["eval", ".", "zeroshot", "digits"], "invalid choice: 'zeroshot'"),
+    (["eval", ".", "zero-shot", "./nowhere"], "there is no set ./nowhere: no such file"),
+    (["eval", ".", "few-shot", "digits", "--shots", "5,x"], "positive whole number, got 'x'"),
+    (["eval", ".", "few-shot", "digits", "--episodes", "0"], "positive whole number, got '0'"),
+    (["embed", ".", "digits", "--out", "x", "--precision", "int8"], "invalid choice: 'int8'"),
+    (["embed", "nowhere", "digits", "--out", "x"], "there is no model nowhere: no such file"),
+    (["index", ".", "--out", "x", "--kind", "fast"], "invalid choice: 'fast'"),
+    (["index", "nowhere", "--out", "x"], "nowhere holds no embeddings; `unicl embed"),
+    (["search", "nowhere", "cat"], "nowhere holds no index"),
+    (["search", ".", "cat", "--k", "0"], "positive whole number, got '0'"),
+    (["search", ".", "cat", "--model", "nowhere"], "there is no model nowhere: no such file"),
+    (["search", "."], "search needs a text or an --image"),
+    (["export", ".", "--format", "tf", "--out", "x"], "invalid choice: 'tf'"),
+]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +47,7 @@ from unicl.cli import main
         (["demo", "--trainer.step", "3"], 2, "did you mean trainer.steps?"),
         (["train", "demo", "--description", "\udcff"], 2, "description must be UTF-8 text"),
         (["prepare", "x", "--samples-per-shard", "many"], 2, "invalid int value"),
+        *((words, 2, message) for words, message in WITHOUT_TORCH),
     ],
 )
 def test_mistakes_are_one_line(words, code, message, capsys, tmp_path, monkeypatch):
@@ -45,7 +67,7 @@ def test_mistakes_are_one_line(words, code, message, capsys, tmp_path, monkeypat
         ["prepare", "x", "--out", "y"],
         ["index", "x", "--out", "y"],
         ["search", "x", "a cat"],
-        ["export", "x", "--format", "onnx", "--out", "y"],
+        ["export", ".", "--format", "onnx", "--out", "y"],
         ["report", "x", "--out", "y"],
     ],
 )
@@ -55,15 +77,22 @@ def test_what_is_for_one_process_refuses_ranks(words, variable, capsys, monkeypa
     assert f"unicl {words[0]} is for one process, not 2" in capsys.readouterr().err
 
 
-def test_help_and_configuration_need_no_torch():
+def test_help_and_mistakes_need_no_torch():
     code = (
         "import sys\nfrom unicl.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"for words in {[words for words, _ in WITHOUT_TORCH]}: main(words)\n"
         "sys.exit(3 if 'torch' in sys.modules else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "the whole job on the embedded corpus" in done.stdout
+
+
+def test_names_that_are_known_without_torch_are_all():
+    assert (*evaluator.TASKS, "fine-tune") == using._TASKS
+    with pytest.raises(UsageError, match=f"one of {', '.join(using._PRECISIONS)}, got"):
+        autocast_of("int8")
 
 
 def test_trains_from_the_command_line(tmp_path, capsys):

@@ -9,6 +9,8 @@ from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
 from unicl.errors import UsageError
+from unicl.export import FORMATS
+from unicl.search import KINDS
 
 logger = logging.getLogger("unicl")
 
@@ -17,6 +19,9 @@ _MODEL = (
     "open_clip:NAME[/WEIGHTS], or a .pth"
 )
 _SET = "a known set's name, a folder of class folders, of prepared shards or of WebDataset tars"
+# Torch is imported where the first two are decided; a test holds them equal.
+_TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval", "fine-tune")
+_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def add_commands(commands: Any) -> None:
@@ -39,12 +44,14 @@ def _add_eval(commands: Any) -> None:
         "(--trainer.steps 200), and --out gets data, run and result.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
+    command.add_argument("task", metavar="TASK", choices=_TASKS, help=", ".join(_TASKS))
     command.add_argument(
-        "task", metavar="TASK", help="zero-shot, linear-probe, few-shot, retrieval or fine-tune"
-    )
-    command.add_argument(
-        "data", metavar="DATA", nargs="+", help=f"{_SET}, or all: the paper's sets that are there"
+        "data",
+        metavar="DATA",
+        type=_set,
+        nargs="+",
+        help=f"{_SET}, or all: the paper's sets that are there",
     )
     _add_sets(command)
     _add_arithmetic(command)
@@ -56,10 +63,14 @@ def _add_eval(commands: Any) -> None:
         "--probe", type=Path, metavar="FILE", help="linear-probe: test a saved one, fit none"
     )
     command.add_argument(
-        "--shots", default="5,20,50", metavar="N,N", help="few-shot: images per class"
+        "--shots",
+        type=lambda text: tuple(_count(word) for word in text.split(",")),
+        default=(5, 20, 50),
+        metavar="N,N",
+        help="few-shot: images per class (default: 5,20,50)",
     )
     command.add_argument(
-        "--episodes", type=int, default=600, metavar="N", help="few-shot: how many"
+        "--episodes", type=_count, default=600, metavar="N", help="few-shot: how many"
     )
     command.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the results as a table, too"
@@ -74,8 +85,8 @@ def _add_embed(commands: Any) -> None:
         description="Write embeddings.npy, a row per image, and items.jsonl, a line per row.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
-    command.add_argument("data", metavar="DATA", help=f"{_SET}, or any folder of images")
+    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
+    command.add_argument("data", metavar="DATA", type=_set, help=f"{_SET}, or any folder of images")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_sets(command)
     _add_arithmetic(command)
@@ -98,7 +109,7 @@ def _add_index(commands: Any) -> None:
         "--add", action="store_true", help="add to the index that is there; items it has stay"
     )
     # Without defaults, so that --add can refuse what was given.
-    command.add_argument("--kind", help="auto (default), exact or approximate")
+    command.add_argument("--kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     command.add_argument(
         "--recall", type=float, metavar="R", help="wanted recall at 10 (default 0.95)"
     )
@@ -117,9 +128,9 @@ def _add_search(commands: Any) -> None:
     command.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image to look for"
     )
-    command.add_argument("--k", type=int, default=10, help="images per query (default 10)")
+    command.add_argument("--k", type=_count, default=10, help="images per query (default 10)")
     command.add_argument(
-        "--model", metavar="MODEL", help="the model that embedded, where it has moved"
+        "--model", metavar="MODEL", type=_model, help="the model that embedded, where it has moved"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page of pictures, too")
@@ -135,9 +146,9 @@ def _add_export(commands: Any) -> None:
         "comes out there is compared with the original.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
+    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
     command.add_argument(
-        "--format", required=True, metavar="F", help="open_clip, onnx or safetensors"
+        "--format", required=True, metavar="F", choices=FORMATS, help=", ".join(FORMATS)
     )
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--license", default="other", help="of the weights, such as apache-2.0")
@@ -181,8 +192,14 @@ def _add_sets(command: argparse.ArgumentParser) -> None:
 
 def _add_arithmetic(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
-    command.add_argument("--batch-size", type=int, default=256, metavar="N")
+    command.add_argument(
+        "--precision",
+        default="fp32",
+        choices=_PRECISIONS,
+        metavar="P",
+        help=f"{', '.join(_PRECISIONS)} (default: fp32)",
+    )
+    command.add_argument("--batch-size", type=_count, default=256, metavar="N")
     command.add_argument("--workers", type=int, default=2, metavar="N", help="loading processes")
     command.add_argument(
         "--cache",
@@ -225,7 +242,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         num_workers=arguments.workers,
         templates=getattr(arguments, "templates", None),
         probe=getattr(arguments, "probe", None),
-        shots=_numbers("--shots", getattr(arguments, "shots", "5")),
+        shots=getattr(arguments, "shots", (5,)),
         num_episodes=getattr(arguments, "episodes", 600),
     )
 
@@ -238,27 +255,37 @@ def _embed(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _index(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     refuse_ranks("index")
-    from unicl.searching import add_to_index, build_index
-
     settings = {"kind": arguments.kind, "recall": arguments.recall}
     given = {name: value for name, value in settings.items() if value is not None}
-    if not arguments.add:
-        build_index(arguments.out, arguments.embeddings, **given)
-    elif given:
+    if arguments.add and given:
         raise UsageError(
             f"--{next(iter(given))} is for a new index, --add keeps the index's own; leave it out, "
             "or build the index again"
         )
-    else:
+    from unicl.search.collection import Collection
+    from unicl.search.folder import read_description
+
+    for folder in arguments.embeddings:
+        Collection.open(folder)
+    if arguments.add:
+        read_description(arguments.out)
+    from unicl.searching import add_to_index, build_index
+
+    if arguments.add:
         add_to_index(arguments.out, arguments.embeddings)
+    else:
+        build_index(arguments.out, arguments.embeddings, **given)
 
 
 def _search(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     refuse_ranks("search")
-    from unicl.searching import search, show, to_json, write_page
-
     if not arguments.queries and not arguments.image:
         raise UsageError("search needs a text or an --image to look for")
+    from unicl.search.folder import read_description
+
+    read_description(arguments.index)
+    from unicl.searching import search, show, to_json, write_page
+
     searched = search(
         arguments.index,
         texts=arguments.queries,
@@ -298,11 +325,21 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     logger.info("open %s in a browser", arguments.out)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"{option} must be positive whole numbers, such as 5,20, got {text!r}")
-    return numbers
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _model(name: str) -> str:
+    """Refuse a path that leads nowhere before torch is imported."""
+    if not name.startswith("open_clip:") and not Path(name).exists():
+        raise argparse.ArgumentTypeError(f"there is no model {name}: no such file or folder")
+    return name
+
+
+def _set(name: str) -> str:
+    """Refuse a path that leads nowhere before torch is imported; a word may be a set's name."""
+    if os.sep in name and not Path(name).exists():
+        raise argparse.ArgumentTypeError(f"there is no set {name}: no such file or folder")
+    return name

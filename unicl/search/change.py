@@ -14,8 +14,8 @@ from unicl.errors import UsageError
 from unicl.evaluation.retrieval import load_faiss
 from unicl.search.approximate import Lists, Sample, search_lists, tune
 from unicl.search.folder import FAISS_FILE, Description, Draft, Facts, Kind, Output
-from unicl.search.items import ItemWriter
-from unicl.search.state import Block, State
+from unicl.search.items import Block, ItemWriter
+from unicl.search.state import State
 from unicl.search.vectors import ROWS_AT_ONCE, VectorFile, require_unit
 
 # An exact search reads all embeddings: of so many bytes it takes about 5 ms on one core.

@@ -15,8 +15,7 @@ from jaxtyping import Float32
 
 from unicl.data.atomic import PARTIAL_PREFIX, atomic_file, write_error
 from unicl.errors import UniclError, UsageError
-from unicl.search.items import Item
-from unicl.search.state import Block
+from unicl.search.items import Block, Item
 
 _EMBEDDINGS = "embeddings.npy"
 _ITEMS = "items.jsonl"

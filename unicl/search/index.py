@@ -8,13 +8,12 @@ import numpy as np
 from jaxtyping import Float32
 
 from unicl.errors import UsageError
+from unicl.search import KINDS
 from unicl.search.change import Added, Plan, build, chosen_kind, extend, rebuild
 from unicl.search.folder import Facts, Kind, drafting
-from unicl.search.items import Item, Items
-from unicl.search.state import Block, State
+from unicl.search.items import Block, Item, Items
+from unicl.search.state import State
 from unicl.search.vectors import require_unit
-
-_KINDS = ("exact", "approximate", "auto")
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,8 @@ def require_setting(kind: str, recall: float) -> None:
     Raises:
         UsageError: It is one.
     """
-    if kind not in _KINDS:
-        kinds = ", ".join(_KINDS)
+    if kind not in KINDS:
+        kinds = ", ".join(KINDS)
         raise UsageError(f"there is no kind of index {kind!r}; choose from {kinds}")
     if not 0 < recall <= 1:
         raise UsageError(f"recall must be above 0 and at most 1, got {recall}")

@@ -31,6 +31,10 @@ class Item:
     """Its text; may be empty."""
 
 
+Block = tuple[np.ndarray, Sequence[Item]]
+"""Unit-length embeddings, float32 [n, dim], and the item of each row."""
+
+
 class Items:
     """The items of an index, memory-mapped: a million of them are no million Python objects."""
 

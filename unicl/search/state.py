@@ -1,6 +1,6 @@
 """One state of an index, opened to be searched."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,11 +12,8 @@ from unicl.errors import UniclError, UsageError
 from unicl.evaluation.retrieval import load_faiss
 from unicl.search.approximate import on_gpus, search_lists
 from unicl.search.folder import FAISS_FILE, Description, read_description, require_files
-from unicl.search.items import Item, Items
+from unicl.search.items import Block, Items
 from unicl.search.vectors import ROWS_AT_ONCE
-
-Block = tuple[np.ndarray, Sequence[Item]]
-"""Unit-length embeddings, float32 [n, dim], and the item of each row."""
 
 # Carrying the embeddings to a GPU takes longer than a few queries on the CPU.
 _QUERIES_FOR_A_GPU = 64

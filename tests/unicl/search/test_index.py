@@ -406,7 +406,7 @@ def test_an_empty_set_is_refused(folder: Path, nothing: list) -> None:
 
 
 def test_impossible_settings(folder: Path) -> None:
-    with pytest.raises(UsageError, match="no kind of index 'fast'; choose from exact, approx"):
+    with pytest.raises(UsageError, match="no kind of index 'fast'; choose from auto, exact"):
         SearchIndex.build(folder, blocks(unit(20)), kind="fast", **MODEL)
     with pytest.raises(UsageError, match="recall must be above 0 and at most 1, got 95"):
         SearchIndex.build(folder, blocks(unit(20)), recall=95.0, **MODEL)
