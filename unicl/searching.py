@@ -120,13 +120,15 @@ def build_index(
     """Build an index of one collection or several of one model.
 
     The recall of an approximate one is held to for the items' texts, too, if the model is there.
+    A damaged index that is there is replaced.
 
     Raises:
-        UsageError: a folder holds no embeddings, they are of several models, or a setting is
-            impossible.
+        UsageError: a folder holds no embeddings, they are of several models, a setting is
+            impossible, or there is an index already.
         UniclError: embeddings are damaged, or the index cannot be written.
     """
     require_setting(kind, recall)
+    _require_no_index(folder)
     opened = _open_collections(collections)
     num_items = sum(collection.num_items for collection in opened)
     approximate = chosen_kind(kind, num_items, opened[0].dim) == "approximate"
@@ -148,6 +150,17 @@ def build_index(
         index.facts.summary(),
     )
     return index
+
+
+def _require_no_index(folder: Path) -> None:
+    try:
+        there = SearchIndex.open(folder)
+    except UniclError:  # none, or one that says itself that it has to be built again
+        return
+    raise UsageError(
+        f"{folder} holds an index of {there.num_items:,} items already; --add adds to it, "
+        "or choose another --out"
+    )
 
 
 def _embedded_texts(
@@ -251,9 +264,12 @@ def search(
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        UsageError: there is no such index, or another model made it.
-        UniclError: the model is not there any more, or an image cannot be read.
+        UsageError: there is no such index, another model made it, the model is not there any more,
+            or a text is empty.
+        UniclError: an image cannot be read.
     """
+    if not all(text.strip() for text in texts):
+        raise UsageError("a text to look for is empty; give it words")
     opened = SearchIndex.open(index)
     read = [_read(str(image)) for image in images]
     loaded = load(opened.model if model is None else model, device=device)
