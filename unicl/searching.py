@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -303,14 +304,29 @@ def _read(place: str) -> tuple[bytes, Image.Image]:
 def show(searched: Searched) -> None:
     """Print what was found, a table per query."""
     console = Console()
+    folder = _common_folder([_where(hit) for answer in searched.answers for hit in answer.found])
+    below = f"image in {folder}" if folder and folder != Path.cwd() else "image"
     for answer in searched.answers:
+        has_texts = any(hit.item.text for hit in answer.found)
         table = Table(title=escape(answer.query), title_justify="left")
         table.add_column("similarity", justify="right")
-        table.add_column("text")
-        table.add_column("image", overflow="fold")
+        if has_texts:
+            table.add_column("text")
+        table.add_column(escape(below), overflow="fold")
         for hit in answer.found:
-            table.add_row(f"{hit.similarity:.3f}", escape(hit.item.text), escape(_where(hit)))
+            place = _where(hit)
+            shown = os.path.relpath(place, folder) if folder else place
+            texts = [escape(hit.item.text)] if has_texts else []
+            table.add_row(f"{hit.similarity:.3f}", *texts, escape(shown))
         console.print(table)
+
+
+def _common_folder(places: Sequence[str]) -> Path | None:
+    """Return the folder that paths are shown relative to: this one, if all of them lie in it."""
+    if not places or not all(Path(place).is_absolute() for place in places):
+        return None
+    folder = Path(os.path.commonpath([os.path.dirname(place) for place in places]))
+    return Path.cwd() if folder.is_relative_to(Path.cwd()) else folder
 
 
 def to_json(searched: Searched) -> str:

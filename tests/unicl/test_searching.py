@@ -126,6 +126,49 @@ def test_a_query_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         search("index", images=["half.png"], device="cpu")
 
 
+def test_an_index_is_not_replaced_unless_it_is_damaged() -> None:
+    folder = collection("embeddings", ["a cat"] * 5)
+    build_index(Path("index"), [folder])
+    with pytest.raises(UsageError, match="index holds an index of 5 items already; --add adds"):
+        build_index(Path("index"), [folder])
+    next(Path("index").glob("data-*/items.jsonl")).unlink()
+    with pytest.raises(UniclError, match="build the index again"):
+        search("index", texts=["a cat"])
+    assert build_index(Path("index"), [folder]).num_items == 5
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match="embeddings is no index and not empty"):
+        build_index(folder, [folder])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_nothing_to_look_for(text: str) -> None:
+    build_index(Path("index"), [collection("embeddings", ["a cat"])])
+    with pytest.raises(UsageError, match="a text to look for is empty"):
+        search("index", texts=["a dog", text])
+
+
+def test_tables_show_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    pictures("photos/below")
+    embedded("photos", "embeddings")
+    build_index(Path("index"), [Path("embeddings")])
+    searched = search("index", texts=["a cat"], k=1, device="cpu")
+    (hit,) = json.loads(searching.to_json(searched))[0]["found"]
+    assert hit["where"] == str(tmp_path / "photos" / hit["key"].split("/photos/")[1])
+    for here, heading, shown in (
+        (".", "image", hit["where"].removeprefix(f"{tmp_path}/")),
+        ("index", f"image in {tmp_path}/photos/below", Path(hit["where"]).name),
+    ):
+        monkeypatch.chdir(tmp_path / here)
+        searching.show(searched)
+        table = capsys.readouterr().out
+        assert [cell.strip() for cell in table.split("┃")[1:-1]] == ["similarity", heading]
+        assert f"│ {shown} " in table
+
+
 def collection(folder: str, texts: list[str], *, first: int = 0, **changed: str) -> Path:
     items = [Item(f"key{first + row}", "", text) for row, text in enumerate(texts)]
     names = {"model": "toy", "fingerprint": toy().fingerprint} | changed
@@ -155,7 +198,7 @@ def test_an_index_does_without_the_model(
 ) -> None:
     folder = collection("embeddings", ["a cat"] * 50)
     other = collection("other", ["a cat"] * 50, fingerprint="of other weights")
-    index = build_index(Path("index"), [other], kind="approximate")
+    index = build_index(Path("of_other"), [other], kind="approximate")
     assert index.facts.text_recall is None
     assert "toy is not what it was" in caplog.text
 
