@@ -70,9 +70,9 @@ def export(
     if to == "open_clip":
         export_open_clip(loaded.model, out, image_size=size, card=card)
     elif to == "onnx":
-        export_onnx(
-            loaded.model, out, image_size=size, context_length=loaded.context_length, card=card
-        )
+        crop = getattr(loaded.transform, "crop", 1.0)
+        length = loaded.context_length
+        export_onnx(loaded.model, out, image_size=size, context_length=length, crop=crop, card=card)
     else:
         # What the weights were started from and averaged of is behind them.
         final = replace(

@@ -25,18 +25,22 @@ _USAGE = """
 import numpy as np
 import onnxruntime
 from open_clip import SimpleTokenizer
-from PIL import Image
+from PIL import Image, ImageOps
 
 image_tower = onnxruntime.InferenceSession("image.onnx")
 text_tower = onnxruntime.InferenceSession("text.onnx")
-image = Image.open("photo.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BICUBIC)
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+side = {crop:g} * min(image.size)
+left, top = (image.width - side) / 2, (image.height - side) / 2
+box = (left, top, left + side, top + side)
+image = image.resize(({size}, {size}), Image.Resampling.BICUBIC, box=box)
 pixels = np.asarray(image).transpose(2, 0, 1)[None]  # uint8 [batch, 3, {size}, {size}]
 tokens = SimpleTokenizer()(["a cat", "a dog"], context_length={context}).numpy()
 (images,) = image_tower.run(None, {{"pixels": pixels}})
 (texts,) = text_tower.run(None, {{"tokens": tokens}})
 logits = {scale:.6g} * images @ texts.T
 """
-_NOTE = """`image.onnx` takes RGB bytes, resized and cut to {size} x {size} pixels, and normalises
+_NOTE = """`image.onnx` takes RGB bytes, cut and resized to {size} x {size} pixels, and normalises
 them itself. `text.onnx` takes int64 tokens of {context} positions, padded as the tokenizer pads
 them. Both take any batch size and give unit-length float32 embeddings."""
 
@@ -47,6 +51,7 @@ def export_onnx(
     *,
     image_size: int,
     context_length: int,
+    crop: float = 1.0,
     card: Card | None = None,
 ) -> Path:
     """Write `image.onnx`, `text.onnx` and a card, and compare what onnxruntime gives.
@@ -59,6 +64,8 @@ def export_onnx(
         folder: Where to; it must not be there yet, or be empty.
         image_size: Side of the images in pixels.
         context_length: Tokens of a text, padding included.
+        crop: Side of the square that the card's code cuts from the middle of an image, as a share
+            of its shorter side.
         card: What the model card says; unset takes the folder's name and nothing else.
 
     Raises:
@@ -81,7 +88,7 @@ def export_onnx(
         text = render(
             card,
             library="onnx",
-            usage=_USAGE.format(scale=model.scale().item(), **sizes),
+            usage=_USAGE.format(scale=model.scale().item(), crop=crop, **sizes),
             notes=[_NOTE.format(**sizes)],
         )
         (partial / "README.md").write_text(text, encoding="utf-8")

@@ -1,13 +1,16 @@
 """Exported graphs, run by onnxruntime."""
 
+import re
 import sys
 
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
 from tests.unicl.export.towers import TEXTS, random_pixels, small_model
+from unicl.data.augment import EvalTransform
 from unicl.errors import UniclError, UsageError
 from unicl.export import onnx as export
 from unicl.export.card import Card
@@ -47,6 +50,25 @@ def test_onnxruntime_gives_equal_embeddings(image, size, text, tmp_path, caplog,
     text = (folder / "README.md").read_text()
     assert f"logits = {model.scale().item():.6g} * images @ texts.T" in text
     assert "| zero_shot/top1 | 0.5 |" in text
+
+
+def test_the_code_of_the_card_runs(tmp_path, monkeypatch):
+    model = small_model().eval()
+    folder = export_onnx(model, tmp_path / "mine", image_size=48, context_length=20, crop=0.875)
+    photo = Image.fromarray(random_pixels(70, 1)[0, :, :50].permute(1, 2, 0).numpy())
+    exif = Image.Exif()
+    exif[274] = 6  # lies on its side
+    photo.save(folder / "photo.jpg", exif=exif)
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    made = {}
+    exec(code, made)
+    pixels = EvalTransform(48, crop=0.875)(Image.open("photo.jpg"))[None]
+    with torch.no_grad():
+        images = model.encode_image(pixels)
+        texts = model.encode_text(tokenize(["a cat", "a dog"], 20))
+    for ours, name in ((images, "images"), (texts, "texts")):
+        torch.testing.assert_close(torch.from_numpy(made[name]), ours, rtol=0, atol=1e-4)
 
 
 def test_a_tower_that_cannot_be_exported_is_one_line(tmp_path):
