@@ -273,7 +273,15 @@ def search(
         raise UsageError("a text to look for is empty; give it words")
     opened = SearchIndex.open(index)
     read = [_read(str(image)) for image in images]
-    loaded = load(opened.model if model is None else model, device=device)
+    chosen = str(choose_device(device))
+    try:
+        loaded = load(opened.model if model is None else model, device=chosen)
+    except UsageError as error:
+        if model is not None:
+            raise
+        raise UsageError(
+            f"{error}; where the model of {index} has moved, name it: --model"
+        ) from error
     opened.require_model(loaded.name, loaded.fingerprint)
     predictor = Predictor(loaded)
     queries = []

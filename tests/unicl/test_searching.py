@@ -19,6 +19,7 @@ from unicl.cli import main
 from unicl.data.image_sets import open_images
 from unicl.errors import UniclError, UsageError
 from unicl.evaluator import Options
+from unicl.models import load
 from unicl.search import change
 from unicl.search.collection import Collection
 from unicl.search.index import SearchIndex
@@ -209,6 +210,15 @@ def test_an_index_does_without_the_model(
     assert build_index(Path("index"), [folder], kind="approximate").facts.text_recall is None
     (said,) = [r.getMessage() for r in caplog.records if "there is no toy" in r.getMessage()]
     assert said.startswith("recall is measured for images only")
+
+
+def test_a_model_that_has_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_index(Path("index"), [collection("embeddings", ["a cat"], model="runs/gone")])
+    monkeypatch.setattr(searching, "load", load)
+    with pytest.raises(UsageError, match=r"no model runs/gone: .*; where the model of index has"):
+        search("index", texts=["a cat"], device="cpu")
+    with pytest.raises(UsageError, match=r"no model elsewhere: no such file or folder$"):
+        search("index", texts=["a cat"], model="elsewhere", device="cpu")
 
 
 @pytest.mark.parametrize("option", [("--kind", "exact"), ("--recall", "0.9")])
