@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ LOCAL = "local-dir:"
 
 _HUB = "hf-hub:"
 _CLIP_MAX_SCALE = 100.0
+_SECONDS_TO_ANSWER = 10
+# Levels of loggers belong to all threads: each has to find them as they were.
+_ONE_AT_A_TIME = threading.RLock()
 # What open_clip says when it cannot download.
 _DOWNLOAD_FAILED = (
     *("Failed to download", "Failed initial", "Required pretrained weights"),
@@ -341,9 +345,28 @@ def _config(architecture: str, full_name: str) -> dict[str, Any]:
     return {"preprocess_cfg": {}, **config}
 
 
+def _announce_download(repository: str, full_name: str) -> None:
+    """Say that something of a repository will be fetched, if nothing of it is here yet.
+
+    Raises:
+        UniclError: The hub does not answer. Its client would try again and again for a minute.
+    """
+    from huggingface_hub.utils import get_session
+
+    if (Path(_hub_cache()) / f"models--{repository.replace('/', '--')}" / "snapshots").is_dir():
+        return
+    address = f"{_hub()}/{repository}"
+    logger.info("fetching %s from %s to %s", full_name, address, _hub_cache())
+    try:
+        get_session().head(_hub(), timeout=_SECONDS_TO_ANSWER)
+    except Exception as error:  # the client's library, which has changed, raises its own
+        raise _no_download(full_name, address, _hub_cache(), error) from error
+
+
 def _download_config(repository: str, full_name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    _announce_download(repository, full_name)
     try:
         return Path(hf_hub_download(repository, CONFIG))
     except Exception as error:  # no network, no such repository, no access, ...
@@ -373,6 +396,8 @@ def _create(
         # open_clip would download the weights, even if it does not load them.
         (Path(scratch) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         architecture = f"{LOCAL}{scratch}"
+    if weights and published.get("hf_hub"):
+        _announce_download("/".join(published["hf_hub"].split("/")[:2]), full_name)
     trained = weights and (source is not None or _has_scheme(architecture))
     try:
         model = open_clip.create_model(
@@ -578,15 +603,16 @@ def quiet() -> Iterator[None]:
     The handler also keeps open_clip from installing one of its own, for good.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
-    levels = {logger: logger.level for logger in (root, logging.getLogger("huggingface_hub"))}
-    root.addHandler(handler)
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-        root.removeHandler(handler)
+    with _ONE_AT_A_TIME:
+        levels = {logger: logger.level for logger in (root, logging.getLogger("huggingface_hub"))}
+        root.addHandler(handler)
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
+            root.removeHandler(handler)

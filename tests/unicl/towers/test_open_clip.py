@@ -4,6 +4,8 @@ import json
 import logging
 import pickle
 import struct
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -19,6 +21,7 @@ from unicl.towers.open_clip import (
     OpenClipTextTower,
     OpenClipTokenizer,
     load_open_clip,
+    quiet,
 )
 from unicl.towers.text import TextTower
 
@@ -311,10 +314,34 @@ def test_a_folder_without_weights(tmp_path):
     assert load_open_clip(f"local-dir:{folder}", weights=False).image_size == 32
 
 
-def test_without_a_network_the_line_says_from_where_and_to_where(monkeypatch, tmp_path):
+def test_threads_that_load_leave_the_log_as_it_was():
+    level, inside, leave = logging.getLogger().level, threading.Event(), threading.Event()
+
+    def load():
+        with quiet():
+            inside.set()
+            leave.wait()
+
+    other = threading.Thread(target=load)
+    with quiet():
+        other.start()
+        inside.wait(timeout=0.2)
+    leave.set()
+    other.join()
+    assert logging.getLogger().level == level
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_without_a_network_the_line_says_from_where_and_to_where(
+    answers, monkeypatch, tmp_path, caplog
+):
     def offline(*args, **options):
         raise OSError("no network\nin here")
 
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
+    caplog.set_level("INFO", "unicl")
+    head = (lambda url, timeout: None) if answers else offline
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", offline)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     monkeypatch.setenv("HOME", str(tmp_path))  # open_clip makes a folder for what it downloads
@@ -324,6 +351,7 @@ def test_without_a_network_the_line_says_from_where_and_to_where(monkeypatch, tm
     with pytest.raises(UniclError, match=f"cannot download open_clip:tiny/tag {place}") as error:
         load_open_clip("tiny/tag")
     assert "\n" not in str(error.value)
+    assert caplog.messages[0].startswith("fetching open_clip:tiny/tag from https://")
     with pytest.raises(UniclError, match=f"cannot download open_clip:hf-hub:org/tiny {place}"):
         load_open_clip("hf-hub:org/tiny")
     place = "from file:///nowhere/old.pt to ~/.cache/clip"
@@ -350,6 +378,8 @@ def test_a_model_on_a_hub_gives_its_configuration_without_its_weights(monkeypatc
         asked.append((repo_id, filename))
         return str(tmp_path / "hub" / filename)
 
+    session = SimpleNamespace(head=lambda url, timeout: None)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     fresh = load_open_clip("hf-hub:org/tiny", weights=False)
