@@ -104,7 +104,7 @@ def _how_to_use(out: Path, to: str, model: TwoTower) -> str:
     if to == "safetensors":
         return here
     first = "import cosswin; " if has_coswin(model) else ""
-    return f'{here}; in Python: {first}open_clip.create_model_and_transforms("local-dir:{out}")'
+    return f'{here}; in open_clip: {first}open_clip.create_model_and_transforms("local-dir:{out}")'
 
 
 def _metrics(model: str | Path) -> Mapping[str, float]:

@@ -196,9 +196,10 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
         UniclError: the model is damaged.
     """
     chosen = choose_device(device)
-    name = full_name(name)
-    if name.startswith(OPEN_CLIP):
-        pretrained = load_open_clip(name.removeprefix(OPEN_CLIP))
+    full = full_name(name)
+    if full.startswith(OPEN_CLIP):
+        pretrained = load_open_clip(full.removeprefix(OPEN_CLIP))
+        pretrained = replace(pretrained, name=str(name))
     elif Path(name).suffix in _RELEASE:
         from unicl.towers.release import load_release
 

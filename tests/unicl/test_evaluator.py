@@ -19,6 +19,7 @@ from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.results import read_results
 from unicl.evaluator import evaluate
 from unicl.fine_tuning import fine_tuning_recipe
+from unicl.models import load
 from unicl.predictor import Predictor
 
 
@@ -232,6 +233,7 @@ def test_an_exported_model_is_a_model(capsys: pytest.CaptureFixture[str], place:
         )
     run("eval", "as_safetensors", "zero-shot", "digits", "--workers", "0")
     assert Path("as_safetensors/evaluation/zero_shot_digits.json").exists()
+    assert load("as_open_clip").name == "as_open_clip"
     digits = open_image_set("digits", split="train", root=Path())
     recipe = fine_tuning_recipe("as_open_clip", digits, Path("tuned"), {})
     assert (recipe.model, recipe.weights) == ("open_clip:local-dir:as_open_clip", None)

@@ -109,7 +109,9 @@ def _add_index(commands: Any) -> None:
         "--add", action="store_true", help="add to the index that is there; items it has stay"
     )
     # Without defaults, so that --add can refuse what was given.
-    command.add_argument("--kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    command.add_argument(
+        "--kind", choices=KINDS, metavar="KIND", help=f"{', '.join(KINDS)} (default: auto)"
+    )
     command.add_argument(
         "--recall", type=float, metavar="R", help="wanted recall at 10 (default 0.95)"
     )
