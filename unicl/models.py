@@ -313,6 +313,8 @@ def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             raise UsageError(
                 f"weights names no run, checkpoint, .safetensors or UniCL's .pth file: {path}"
             )
+        if full_name(path).startswith(OPEN_CLIP):
+            raise UsageError(f"{path} is a whole model of open_clip; take it by model, not weights")
         path = _weights_of(path)
     return path, read_safetensors(path, key="weights")
 

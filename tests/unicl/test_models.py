@@ -8,7 +8,7 @@ from tests.unicl.towers.test_release import released_weights, theirs, write
 from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UsageError
 from unicl.exporting import export
-from unicl.models import load, recipe_of
+from unicl.models import build_model, load, recipe_of
 from unicl.towers import release
 
 __all__ = ["theirs"]  # a fixture
@@ -33,6 +33,12 @@ def test_a_released_checkpoint_becomes_a_model_of_ours(theirs, tmp_path, monkeyp
     texts = [m.model.encode_text(m.tokenize(["a cat"])).detach().numpy() for m in (released, ours)]
     np.testing.assert_array_equal(*texts)
     assert released.fingerprint != ours.fingerprint  # they cut the same image differently
+
+
+def test_weights_are_no_folder_of_open_clip(tmp_path):
+    (tmp_path / "open_clip_config.json").touch()
+    with pytest.raises(UsageError, match="a whole model of open_clip; take it by model, not"):
+        build_model(Recipe(weights=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
