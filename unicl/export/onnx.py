@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unicl.errors import UniclError, UsageError
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
+from unicl.towers.open_clip import OpenClipImageTower, OpenClipTextTower
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower
 
@@ -24,21 +25,27 @@ _TEXTS = ("a photo of a cat", "two dogs", "!")
 _USAGE = """
 import numpy as np
 import onnxruntime
-from open_clip import SimpleTokenizer
+from open_clip import {tokenizer}
 from PIL import Image, ImageOps
 
 image_tower = onnxruntime.InferenceSession("image.onnx")
 text_tower = onnxruntime.InferenceSession("text.onnx")
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-side = {crop:g} * min(image.size)
-left, top = (image.width - side) / 2, (image.height - side) / 2
-box = (left, top, left + side, top + side)
-image = image.resize(({size}, {size}), Image.Resampling.BICUBIC, box=box)
+{box}
+image = image.resize(({size}, {size}), Image.Resampling.{interpolation}, box=box)
 pixels = np.asarray(image).transpose(2, 0, 1)[None]  # uint8 [batch, 3, {size}, {size}]
-tokens = SimpleTokenizer()(["a cat", "a dog"], context_length={context}).numpy()
+tokens = {tokenize}(["a cat", "a dog"], context_length={context}).numpy()
 (images,) = image_tower.run(None, {{"pixels": pixels}})
 (texts,) = text_tower.run(None, {{"tokens": tokens}})
 logits = {scale:.6g} * images @ texts.T
+"""
+_MIDDLE = """
+side = {crop:g} * min(image.size)
+left, top = (image.width - side) / 2, (image.height - side) / 2
+box = (left, top, left + side, top + side)
+"""
+_WHOLE = """
+box = (0, 0, *image.size)
 """
 _NOTE = """`image.onnx` takes RGB bytes, cut and resized to {size} x {size} pixels, and normalises
 them itself. `text.onnx` takes int64 tokens of {context} positions, padded as the tokenizer pads
@@ -88,11 +95,26 @@ def export_onnx(
         text = render(
             card,
             library="onnx",
-            usage=_USAGE.format(scale=model.scale().item(), crop=crop, **sizes),
+            usage=_USAGE.format(scale=model.scale().item(), **_reading(model, crop), **sizes),
             notes=[_NOTE.format(**sizes)],
         )
         (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
+
+
+def _reading(model: TwoTower, crop: float) -> dict[str, str]:
+    """What the card's code does to images and texts: open_clip's towers have ways of their own."""
+    tokenizer, tokenize = "SimpleTokenizer", "SimpleTokenizer()"
+    if isinstance(model.text, OpenClipTextTower):
+        tokenizer, tokenize = "get_tokenizer", f'get_tokenizer("{model.text.tokenizer}")'
+    theirs = model.image.preprocess if isinstance(model.image, OpenClipImageTower) else {}
+    box = _WHOLE if theirs.get("resize_mode") == "squash" else _MIDDLE.format(crop=crop)
+    return {
+        "tokenizer": tokenizer,
+        "tokenize": tokenize,
+        "box": box.strip(),
+        "interpolation": theirs.get("interpolation", "bicubic").upper(),
+    }
 
 
 class _Tower(nn.Module):

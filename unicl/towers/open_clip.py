@@ -163,6 +163,12 @@ class OpenClipTextTower(nn.Module):
         self.text: Any = text
         self.name = name
 
+    @property
+    def tokenizer(self) -> str:
+        """What `open_clip.get_tokenizer` takes for the tower's tokenizer."""
+        name = self.name.removeprefix("open_clip:")
+        return name if _has_scheme(name) else name.partition("/")[0]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, or keep them."""
         self.text.set_grad_checkpointing(enable)
@@ -265,7 +271,7 @@ def load_open_clip(name: str, *, weights: bool = True) -> Pretrained:
         UniclError: The weights are damaged, or cannot be downloaded.
     """
     architecture, source = _parse(name, weights=weights)
-    full_name = f"open_clip:{name}"
+    full_name = f"open_clip:{architecture if _has_scheme(architecture) else name}"
     if weights and source is None and not _has_scheme(architecture):
         logger.warning("%s has random weights; %s/TAG has trained ones", full_name, full_name)
     with tempfile.TemporaryDirectory() as scratch, quiet():

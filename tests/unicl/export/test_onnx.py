@@ -1,5 +1,6 @@
 """Exported graphs, run by onnxruntime."""
 
+import json
 import re
 import sys
 
@@ -15,6 +16,7 @@ from unicl.errors import UniclError, UsageError
 from unicl.export import onnx as export
 from unicl.export.card import Card
 from unicl.export.onnx import export_onnx
+from unicl.towers.open_clip import load_open_clip
 from unicl.towers.text import tokenize
 
 
@@ -53,22 +55,52 @@ def test_onnxruntime_gives_equal_embeddings(image, size, text, tmp_path, caplog,
 
 
 def test_the_code_of_the_card_runs(tmp_path, monkeypatch):
-    model = small_model().eval()
-    folder = export_onnx(model, tmp_path / "mine", image_size=48, context_length=20, crop=0.875)
+    model = small_model("test_resnet", image_size=32).eval()
+    folder = export_onnx(model, tmp_path / "mine", image_size=32, context_length=20, crop=0.875)
     photo = Image.fromarray(random_pixels(70, 1)[0, :, :50].permute(1, 2, 0).numpy())
     exif = Image.Exif()
     exif[274] = 6  # lies on its side
     photo.save(folder / "photo.jpg", exif=exif)
-    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(folder)
-    made = {}
-    exec(code, made)
-    pixels = EvalTransform(48, crop=0.875)(Image.open("photo.jpg"))[None]
+    made = run_code_of(folder, monkeypatch)
+    pixels = EvalTransform(32, crop=0.875)(Image.open("photo.jpg"))[None]
     with torch.no_grad():
         images = model.encode_image(pixels)
         texts = model.encode_text(tokenize(["a cat", "a dog"], 20))
     for ours, name in ((images, "images"), (texts, "texts")):
         torch.testing.assert_close(torch.from_numpy(made[name]), ours, rtol=0, atol=1e-4)
+
+
+def test_the_card_reads_as_open_clip_does(tmp_path, monkeypatch):
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
+        | {"no_causal_mask": True, "pool_type": "last", "tokenizer_kwargs": {"clean": "lower"}},
+    }
+    preprocess = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5] * 3}
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    content = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (theirs / "open_clip_config.json").write_text(json.dumps(content))
+    own = load_open_clip(str(theirs), weights=False)
+    folder = export_onnx(own.model, tmp_path / "mine", image_size=32, context_length=20)
+    Image.fromarray(random_pixels(70, 1)[0, :, :50].permute(1, 2, 0).numpy()).save(
+        folder / "photo.jpg"
+    )
+    made = run_code_of(folder, monkeypatch)
+    with torch.no_grad():
+        images = own.model.encode_image(own.transform(Image.open("photo.jpg"), 0)[None])
+        texts = own.model.encode_text(own.tokenize(["a cat", "a dog"]))
+    for ours, name in ((images, "images"), (texts, "texts")):
+        torch.testing.assert_close(torch.from_numpy(made[name]), ours, rtol=0, atol=1e-4)
+
+
+def run_code_of(folder, monkeypatch):
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    made = {}
+    exec(code, made)
+    return made
 
 
 def test_a_tower_that_cannot_be_exported_is_one_line(tmp_path):
