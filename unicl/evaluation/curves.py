@@ -19,6 +19,9 @@ Rows = Sequence[Mapping[str, Any]]
 # More points than pixels only make the page heavy.
 _MOST_POINTS = 400
 
+# Characters of a run's name in a legend, which lies over the curves; its ends tell it from others.
+_LONGEST = 24
+
 # Stand-ins that no other element has, replaced by the page's CSS variables after drawing.
 _COLOURS = {
     "#000001": "var(--ink)",
@@ -164,6 +167,8 @@ def draw(panel: Panel, runs: Mapping[str, Rows]) -> str | None:
 def _label(run: str, called: str, panel: Panel, runs: Mapping[str, Rows]) -> str:
     if len(runs) == 1:
         return called
+    if len(run) > _LONGEST:
+        run = f"{run[: _LONGEST // 2]}\u2026{run[-_LONGEST // 2 :]}"
     return run if len(panel.metrics) == 1 else f"{run}, {called}"
 
 

@@ -25,7 +25,8 @@ STYLE = """
   --fourth: #4fc4c4; --fifth: #f283bd; --sixth: #cdb75a; --right: #56c271; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 28px; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: break-word; }
 h1 { margin: 0 0 6px; font-size: 30px; line-height: 1.2; letter-spacing: -0.01em; }
 h2 { margin: 52px 0 4px; font-size: 21px; }
 h3 { margin: 24px 0 10px; font-size: 16px; }
@@ -44,13 +45,14 @@ table { border-collapse: collapse; margin: 12px 0 6px; font-size: 15px;
 th, td { padding: 7px 18px 7px 0; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; }
 th { font-weight: 600; vertical-align: bottom; }
-.words { text-align: left; min-width: 9em; }
+.words { text-align: left; min-width: 9em; overflow-wrap: anywhere; }
 td small, th small { display: block; font-size: 12.5px; font-weight: 400; line-height: 1.3;
   white-space: nowrap; }
 .words small { white-space: normal; }
 .whole { white-space: nowrap; }
+.long { min-width: 10em; word-break: break-all; }
 .dot { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 50%; }
-.notes { margin-top: 16px; overflow-wrap: anywhere; }
+.notes { margin-top: 16px; }
 .notes p { margin-bottom: 6px; font-size: 15px; }
 .notes ul { margin: 0 0 8px; padding-left: 20px; font-size: 15px; }
 .notes + details table { font-size: 14px; }
@@ -107,7 +109,7 @@ footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line);
 footer p { margin-bottom: 4px; max-width: none; }
 @media (max-width: 640px) { body { padding: 24px 16px 20px; }
   th, td { padding-right: 10px; font-size: 14px; } td small { font-size: 11.5px; }
-  .words { min-width: 6.5em; overflow-wrap: anywhere; }
+  .words { min-width: 6.5em; }
   .query, .curves { grid-template-columns: minmax(0, 1fr); } }
 """
 
@@ -169,7 +171,8 @@ def dot(run: int | None) -> str:
     return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
 
 
-# Characters of a column's head that is not broken into lines, nor parted from its dot.
+# Characters of a column's head that is not broken into lines; a longer one breaks anywhere, so
+# that it is not parted from its dot.
 _WHOLE = 24
 
 Cell = str | tuple[str, str]
@@ -217,8 +220,8 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, style: s
 
 def _class(column: Column, *, head: bool = False) -> str:
     names = ["words"] if column.words else []
-    if head and len(column.name) <= _WHOLE:
-        names.append("whole")
+    if head:
+        names.append("whole" if len(column.name) <= _WHOLE else "long")
     return f' class="{" ".join(names)}"' if names else ""
 
 

@@ -49,6 +49,11 @@ def test_runs_are_named_only_where_there_are_two() -> None:
     assert ">UniCL<" not in str(draw(LOSS, {"UniCL": ROWS}))
 
 
+def test_long_names_of_runs_keep_their_ends() -> None:
+    long = "a_name/" + 40 * "x" + "/step-000010"
+    assert ">a_name/xxxxx\u2026/step-000010<" in str(draw(LOSS, {long: ROWS, "other": ROWS}))
+
+
 def test_runs_differ_in_colour_or_in_dashes() -> None:
     svg = str(draw(LOSS, {f"run {number}": ROWS for number in range(9)}))
     assert len(set(re.findall(r"var\(--(?:first|second|third|fourth|fifth|sixth)\)", svg))) == 6

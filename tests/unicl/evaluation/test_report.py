@@ -177,11 +177,11 @@ def test_a_headline_says_whose_it_is() -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_short_name_stays_beside_its_dot(*, whole: bool) -> None:
+def test_a_name_stays_beside_its_dot(*, whole: bool) -> None:
     report = Report(title="t", runs=[run("x" * (24 if whole else 25), 0.5)])
     heads = re.findall(r'<th([^>]*)><i class="dot"', render(report))
     assert heads
-    assert all(("whole" in head) == whole for head in heads)
+    assert all(("whole" in head, "long" in head) == (whole, not whole) for head in heads)
 
 
 def test_one_run_has_one_column() -> None:

@@ -64,7 +64,7 @@ def headlines(report: Report) -> str:
 
 
 def _html(card: _Card, runs: Sequence[Run]) -> str:
-    whose = f"<span>{dot(runs.index(card.run))}{escape(card.run.name)}</span>"
+    whose = f'<span class="long">{dot(runs.index(card.run))}{escape(card.run.name)}</span>'
     aside = f'<span class="soft">{escape(card.aside)}</span>'
     return (
         f"<div>{whose if len(runs) > 1 else ''}<b>{escape(card.figure)}</b>"
