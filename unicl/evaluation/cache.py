@@ -344,25 +344,26 @@ def _require(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path.parent, error) from error
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # Under a name of its own first: two commands may embed the same set side by side.
-    own = path.with_name(f"{uuid.uuid4().hex}-{path.name}")
-    with atomic_file(own) as file:
-        file.write(save(contiguous, metadata=notes))
-    own.replace(path)
+    _keep(path, save(contiguous, metadata=notes))
 
 
 def _describe(entry: Path, about: dict[str, Any]) -> None:
     """Say in the entry what it holds, for a person who cleans up."""
+    _keep(entry / "about.json", json.dumps(about, indent=1).encode())
+
+
+def _keep(path: Path, content: bytes) -> None:
+    # Under a name of its own first: two commands may embed the same set side by side.
+    own = path.with_name(f"{uuid.uuid4().hex}-{path.name}")
     try:
-        entry.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(own) as file:
+            file.write(content)
+        own.replace(path)
+        return
     except OSError as error:
-        raise write_error(entry, error) from error
-    own = entry / f"{uuid.uuid4().hex}.json"
-    with atomic_file(own) as file:
-        file.write(json.dumps(about, indent=1).encode())
-    own.replace(entry / "about.json")
+        failed = write_error(path.parent, error)
+    except UniclError as error:
+        failed = error
+    raise UniclError(f"{failed} (--cache DIR), or remember nothing (--cache none)") from failed

@@ -183,6 +183,20 @@ def test_what_may_be_there_the_next_time_is_not_remembered_as_lost(tmp_path: Pat
     assert found.skipped == {}
 
 
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "a file"
+    place.touch()
+    with pytest.raises(UniclError, match=r"^cannot write .*; name a new place \(--cache DIR\), or"):
+        image_embeddings(toy(), noise(), setting(place))
+    model = toy()
+    image_embeddings(model, noise(), setting(tmp_path / "cache"))
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "about.json").unlink()
+    (entry / "about.json").mkdir()
+    with pytest.raises(UniclError, match=r"Is a directory; .* remember nothing \(--cache none\)$"):
+        image_embeddings(model, noise(), setting(tmp_path / "cache"))
+
+
 def test_nothing_to_embed() -> None:
     with pytest.raises(UniclError, match="noise has no image that can be read"):
         image_embeddings(toy(), noise(num_samples=3, damaged=(0, 1, 2)), setting(None))
