@@ -12,7 +12,7 @@ from unicl.evaluator import results_folder
 from unicl.export import FORMATS
 from unicl.export.card import Card
 from unicl.export.folder import require_new
-from unicl.export.hub import push_to_hub
+from unicl.export.hub import push_to_hub, require_pushable
 from unicl.export.onnx import export_onnx
 from unicl.export.open_clip import export_open_clip, has_coswin
 from unicl.export.safetensors import export_safetensors
@@ -52,6 +52,8 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
     require_new(out)
+    if push is not None:
+        require_pushable(push)
     loaded = load(model)
     recipe = recipe_of(model, loaded)
     if to == "safetensors" and (folder := _folder_of_open_clip(recipe)):

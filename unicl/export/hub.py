@@ -17,6 +17,24 @@ class Hub(Protocol):
         """Upload all files of a folder in one commit."""
 
 
+def require_pushable(repo_id: str) -> None:
+    """Refuse, before there is any work, what could not be uploaded after it.
+
+    Raises:
+        UsageError: There is no token, or the name is no repository's.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is no repository's name: {_line(error)}") from error
+    if get_token() is None:
+        raise UsageError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN")
+
+
 def push_to_hub(
     folder: Path, repo_id: str, *, private: bool = False, hub: Hub | None = None
 ) -> str:
@@ -24,7 +42,7 @@ def push_to_hub(
 
     Args:
         folder: What an export wrote.
-        repo_id: `NAME` or `ORGANISATION/NAME`.
+        repo_id: `NAME` or `ORGANISATION/NAME`, which `require_pushable` takes.
         private: Only you can see a repository that is created.
         hub: The client; unset takes huggingface_hub's, with its stored token.
 
@@ -32,36 +50,24 @@ def push_to_hub(
         The repository's address.
 
     Raises:
-        UsageError: The folder is none that an export wrote, there is no token, or the name is no
-            repository's.
+        UsageError: The folder is none that an export wrote.
         UniclError: The hub cannot be reached, or refuses.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub import HfApi
 
     if not (folder / "README.md").is_file():
         raise UsageError(f"{folder} is no exported model: it has no README.md; export one first")
-    if hub is None and get_token() is None:
-        raise _no_token()
     client: Hub = hub or HfApi()
     try:
         address = client.create_repo(repo_id, private=private, exist_ok=True)
         client.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}"
         )
-    except LocalTokenNotFoundError as error:
-        raise _no_token() from error
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no repository's name: {_line(error)}") from error
     except Exception as error:  # the network and the hub's answers fail in many ways
         raise UniclError(
             f"cannot upload {folder} to {repo_id}: {_line(error)}; the folder is as it was"
         ) from error
     return str(address)
-
-
-def _no_token() -> UsageError:
-    return UsageError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN")
 
 
 def _line(error: Exception) -> str:

@@ -2,11 +2,10 @@
 
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from unicl.errors import UniclError, UsageError
-from unicl.export.hub import push_to_hub
+from unicl.export.hub import push_to_hub, require_pushable
 
 
 class Recorder:
@@ -55,16 +54,19 @@ def test_the_real_client_takes_the_same_arguments(folder, monkeypatch):
     assert len(hub.calls) == 2
 
 
-def test_what_goes_wrong_is_one_line(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_uploaded_is_told_beforehand(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UsageError, match="no token for the hub; run `hf auth login`"):
-        push_to_hub(folder, "org/mine")
-    with pytest.raises(UsageError, match="no token for the hub"):
-        push_to_hub(folder, "org/mine", hub=Recorder(LocalTokenNotFoundError()))
+        require_pushable("org/mine")
+    with pytest.raises(UsageError, match="'a/b/c' is no repository's name: "):
+        require_pushable("a/b/c")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    require_pushable("org/mine")
+
+
+def test_what_goes_wrong_is_one_line(folder, tmp_path):
     with pytest.raises(UniclError, match=r"cannot upload .* to org/mine: no network; the") as error:
         push_to_hub(folder, "org/mine", hub=Recorder(OSError("no network\nat all")))
     assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="'a/b/c' is no repository's name: "):
-        push_to_hub(folder, "a/b/c", hub=Recorder())
     with pytest.raises(UsageError, match=r"it has no README.md; export one first"):
         push_to_hub(tmp_path, "org/mine", hub=Recorder())
