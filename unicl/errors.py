@@ -13,3 +13,12 @@ class UsageError(UniclError, ValueError):
     """A mistake in what was asked for: an unknown key, a wrong type, a missing path (exit 2)."""
 
     exit_code = 2
+
+
+def no_model(name: str) -> UsageError:
+    """Say that a model's name is no path, and how those are named that are none."""
+    others = "; other models are named open_clip:NAME[/WEIGHTS] or open_clip:hf-hub:ORG/NAME"
+    is_path = "/" in name and ":" not in name
+    return UsageError(
+        f"there is no model {name}: no such file or folder{'' if is_path else others}"
+    )

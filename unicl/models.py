@@ -25,7 +25,7 @@ from unicl.engine.checkpoint import (
     set_weights,
     verify_checkpoint,
 )
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError, UsageError, no_model
 from unicl.towers.image import ImageTower, read_safetensors
 from unicl.towers.open_clip import CONFIG, LOCAL, load_open_clip
 from unicl.towers.pretrained import Pretrained
@@ -220,7 +220,7 @@ def full_name(name: str | Path) -> str:
     if str(name).startswith(OPEN_CLIP):
         return str(name)
     if not path.exists():
-        raise UsageError(f"there is no model {name}: no such file or folder")
+        raise no_model(str(name))
     is_own = path.suffix in _RELEASE or (_run_of(path) / "recipe.toml").is_file()
     return f"{OPEN_CLIP}{LOCAL}{name}" if not is_own and (path / CONFIG).is_file() else str(name)
 

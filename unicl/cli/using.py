@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
-from unicl.errors import UsageError
+from unicl.errors import UsageError, no_model
 from unicl.export import FORMATS
 from unicl.search import KINDS
 
@@ -336,7 +336,7 @@ def _count(text: str) -> int:
 def _model(name: str) -> str:
     """Refuse a path that leads nowhere before torch is imported."""
     if not name.startswith("open_clip:") and not Path(name).exists():
-        raise argparse.ArgumentTypeError(f"there is no model {name}: no such file or folder")
+        raise argparse.ArgumentTypeError(str(no_model(name)))
     return name
 
 
