@@ -73,9 +73,9 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
             (block.embeddings.numpy(), _items(images, block.rows.tolist(), options))
             for block in blocks
         )
-        written = Collection.write(
-            out, with_items, model=loaded.name, fingerprint=loaded.fingerprint
-        )
+        # Found again from any folder; a name of open_clip is none of a file.
+        name = str(Path(model).resolve()) if Path(model).exists() else loaded.name
+        written = Collection.write(out, with_items, model=name, fingerprint=loaded.fingerprint)
         logger.info(
             "%d embeddings of width %d in %s%s",
             *(written.num_items, written.dim, out),

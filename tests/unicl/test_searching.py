@@ -212,12 +212,18 @@ def test_an_index_does_without_the_model(
     assert said.startswith("recall is measured for images only")
 
 
+def test_an_index_finds_its_model_from_any_folder(tmp_path: Path) -> None:
+    pictures("photos")
+    Path("toy").mkdir()
+    assert embedded("photos", "embeddings").model == str(tmp_path / "toy")
+
+
 def test_a_model_that_has_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     build_index(Path("index"), [collection("embeddings", ["a cat"], model="runs/gone")])
     monkeypatch.setattr(searching, "load", load)
     with pytest.raises(UsageError, match=r"no model runs/gone: .*; where the model of index has"):
         search("index", texts=["a cat"], device="cpu")
-    with pytest.raises(UsageError, match=r"no model elsewhere: no such file or folder$"):
+    with pytest.raises(UsageError, match=r"no model elsewhere: no such file or folder;"):
         search("index", texts=["a cat"], model="elsewhere", device="cpu")
 
 
