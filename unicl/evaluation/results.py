@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Any, get_args
 from unicl.data.atomic import atomic_file, write_error
 from unicl.errors import UniclError
 from unicl.evaluation.published import Task
+
+logger = logging.getLogger("unicl")
 
 # CLIP_benchmark's words for ours; i2t is an image that looks for its texts.
 _TASKS: dict[Task, str] = {
@@ -233,12 +236,14 @@ def _file_word(name: str) -> str:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read all results of a folder, in the order of their names.
-
-    Raises:
-        UniclError: a file is none.
-    """
-    return [read_result(path) for path in sorted(folder.glob("*.json"))]
+    """Read all results of a folder, in the order of their names; a damaged one is left out."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results.append(read_result(path))
+        except UniclError as error:
+            logger.warning("%s", error)
+    return results
 
 
 def read_result(path: Path) -> Result:

@@ -30,6 +30,13 @@ def test_the_same_measured_anew_takes_its_place(tmp_path: Path) -> None:
     assert read_results(tmp_path) == [RESULT]
 
 
+def test_a_damaged_result_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_result(tmp_path, RESULT)
+    (tmp_path / "a.json").write_text('{"cut')
+    assert read_results(tmp_path) == [RESULT]
+    assert f"{tmp_path / 'a.json'} is no result of `unicl eval`, move it away" in caplog.text
+
+
 def test_results_of_different_things_stay_side_by_side(tmp_path: Path) -> None:
     names = [
         *("imagenet", "./imagenet", "猫", "犬", "a/photos", "../a/photos", "a_photos"),
