@@ -57,6 +57,7 @@ class Predictor:
         _require_count(batch_size, "batch_size")
         self._autocast = autocast_of(precision)
         model.model.eval()
+        self.name = model.name
         self.model = model.model
         self.tokenize = model.tokenize
         self.transform = model.transform
@@ -90,6 +91,9 @@ class Predictor:
         from unicl.models import load
 
         return cls(load(name, device=device), batch_size=batch_size, precision=precision)
+
+    def __repr__(self) -> str:
+        return f"<Predictor of {self.name} on {device_of(self.model)}>"
 
     def embed_images(self, images: Images) -> Float[np.ndarray, "num_images dim"]:
         """Unit-length embeddings of images.

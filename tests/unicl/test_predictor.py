@@ -201,6 +201,7 @@ def test_loading_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded.tokenize(["cat"]).shape == (1, CONTEXT)
     assert loaded.embed_images([noise(0, 9, 9, 3)]).shape == (1, 16)
     assert loaded.batch_size == 3
+    assert repr(loaded) == "<Predictor of toy on cpu>"
 
 
 def test_a_url_is_fetched(tmp_path: Path) -> None:
