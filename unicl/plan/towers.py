@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -161,14 +162,13 @@ class _Held(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
-
-        def gone(_: object) -> None:
-            self.now -= size
-            del self._seen[key]
-
         self.now += size
         self.largest = max(self.largest, size)
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, partial(self._forget, key, size))
+
+    def _forget(self, key: int, size: int, _: object) -> None:
+        self.now -= size
+        del self._seen[key]
 
 
 class _FusedAttention(TorchFunctionMode):
