@@ -55,14 +55,18 @@ def test_florence_has_the_published_work(florence):
 
 
 @pytest.mark.parametrize(
-    ("name", "image_size", "window", "gmac"),
-    [("coswin_tiny", 224, 7, 4.74), ("coswin_base", 224, 7, 15.9), ("coswin_tiny", 384, 12, 14.7)],
+    ("name", "image_size", "window", "gmac", "device"),
+    [
+        ("coswin_tiny", 224, 7, 4.74, "cuda"),
+        ("coswin_tiny", 224, 7, 4.74, "cpu"),
+        ("coswin_base", 224, 7, 15.9, "cuda"),
+        ("coswin_tiny", 384, 12, 14.7, "cpu"),
+    ],
 )
-def test_flops_are_those_of_the_table(name, image_size, window, gmac):
+def test_flops_are_those_of_the_table(name, image_size, window, gmac, device):
     settings = {"model": name, "image_size": str(image_size), "window_size": str(window)}
     recipe = nano(**{f"image_tower__{key}": value for key, value in settings.items()})
-    for device in ("cuda", "cpu"):
-        assert towers(recipe, device=device).flops("image") == pytest.approx(2e9 * gmac, rel=0.02)
+    assert towers(recipe, device=device).flops("image") == pytest.approx(2e9 * gmac, rel=0.02)
 
 
 def test_florence_fits_its_gpus(florence):
@@ -232,11 +236,7 @@ def test_buckets_are_those_of_the_engine():
 
 
 def test_the_cheapest_change_makes_it_fit_and_is_said_as_flags():
-    recipe = nano(
-        image_tower__model="coswin_tiny",
-        image_tower__image_size="224",
-        trainer__batch_size="2048",
-    )
+    recipe = nano(image_tower__image_size="448", trainer__batch_size="2048")
     foretold = plan(recipe, gpus=8, gpu_memory=12, text_length=20)
     assert not foretold.fits
     # One more forward: of the image tower alone costs less than of both.
@@ -249,9 +249,9 @@ def test_the_cheapest_change_makes_it_fit_and_is_said_as_flags():
 
 def test_zero_comes_before_what_costs_a_forward():
     recipe = nano(
-        text_tower__width="1024",
+        text_tower__width="2048",
         text_tower__num_heads="16",
-        text_tower__num_layers="24",
+        text_tower__num_layers="5",
         trainer__batch_size="64",
     )
     foretold = plan(recipe, gpus=8, gpu_memory=6, text_length=20)
@@ -259,12 +259,6 @@ def test_zero_comes_before_what_costs_a_forward():
     assert foretold.changes == ("--engine.backend deepspeed", "--engine.zero_stage 2")
     assert foretold.slowdown == 1
     assert foretold.changed_memory.total <= 6 * GIB
-
-
-def test_what_cannot_fit_is_said():
-    foretold = plan(nano(), gpus=1, gpu_memory=0.5)
-    assert foretold.changes is None
-    assert foretold.changed_memory.total > 0.5 * GIB
 
 
 @pytest.mark.parametrize(
@@ -283,13 +277,14 @@ def test_mistakes_are_named(arguments, message):
 
 
 def test_the_command_prints_the_plan(capsys):
-    words = ["plan", "demo", "--gpus", "1", "--gpu-memory", "40", "--trainer.batch_size", "512"]
+    words = ["plan", "demo", "--gpus", "1", "--gpu-memory", "40", "--trainer.batch_size", "64"]
+    words += [word for key, value in NANO.items() for word in (f"--{key}", value)]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "It fits in 40 GiB" in said
-    assert "512 samples each" in " ".join(said.split())
+    assert "64 samples each" in " ".join(said.split())
     assert "1,290" not in said
-    assert f"{1290 * 512:,}" in said
+    assert f"{1290 * 64:,}" in said
     assert main([*words[:5], "1", *words[6:]]) == 0
     assert "does not fit in 1 GiB, and no setting" in " ".join(capsys.readouterr().out.split())
 
