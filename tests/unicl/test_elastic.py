@@ -66,7 +66,6 @@ def one_life(folder, keys, death, attempt):
 
 ENGINES = {
     "ddp": {},
-    "zero1": {**ZERO[1], "trainer.chunk": "3"},
     "zero2": {**ZERO[2], "engine.offload_optimizer": "true"},
     "zero3": {**ZERO[3], "trainer.chunk": "3"},
 }
