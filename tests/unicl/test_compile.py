@@ -39,8 +39,9 @@ def check_gradients():
     reference_loss(plain.encode_image(images), texts, labels, plain.scale()).backward()
     truth = {name: p.grad for name, p in plain.named_parameters()}
     model = small_model()
-    model.image.compile()
-    model.text.compile()
+    # All of the compiler but its slow last stage, which is torch's own; one tower takes it too.
+    model.image.compile(backend="aot_eager")
+    model.text.compile(backend="inductor" if ranks.first else "aot_eager")
     assert model.state_dict().keys() == plain.state_dict().keys()
     task = Pretraining(model, ranks=ranks)
     backend = build_backend("torch", task, ranks)
