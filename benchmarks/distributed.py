@@ -25,12 +25,12 @@ from unicl.towers.text import TextTower
 from unicl.towers.two_tower import TwoTower
 
 _DIM = 512
-_STEP_RANKS, _CHUNKS = 2, 4
+_CHUNKS = 4
 
 
 def measure(*, quick: bool) -> Result:
     """Extra memory of the loss on 4 ranks over the global batch; a ZeRO 2 step on 2 ranks."""
-    ranks = 2 if quick else 4
+    ranks, step_ranks = (2, 1) if quick else (4, 2)
     batches = [512, 1024] if quick else [8192, 16384, 32768, 65536]
     memory = on_ranks(ranks, "benchmarks.distributed:loss_memory", batches=batches)
     held = [max(of_ranks) for of_ranks in zip(*memory, strict=True)]
@@ -38,7 +38,7 @@ def measure(*, quick: bool) -> Result:
     # Doubling the batch doubles what grows with it; a matrix of logits would quadruple it.
     growth = held[-1] / held[-2]
     case = "benchmarks.distributed:time_steps"
-    ratios = on_ranks(_STEP_RANKS, case, quick=quick)[0]
+    ratios = on_ranks(step_ranks, case, quick=quick)[0]
     return Result(
         bars=[
             Bar(
@@ -50,7 +50,7 @@ def measure(*, quick: bool) -> Result:
             ),
             Bar("the same over that at half the batch", growth, 2.0, "x", "at most"),
             Bar(
-                f"step with ZeRO 2 and gradient cache over plain accumulation, {_STEP_RANKS} ranks",
+                f"step with ZeRO 2 and gradient cache over plain accumulation, {step_ranks} ranks",
                 median(ratios),
                 1.4,
                 "x",
@@ -100,10 +100,11 @@ def time_steps(ranks: Ranks, quick: bool) -> list[float]:
     Plain accumulation has the loss of each chunk alone, as with any other loss: it trains
     something else, but it is what the same chunks cost without the cache.
     """
-    model, size, layers = ("coswin_nano", 48, 1) if quick else ("coswin_tiny", 112, 12)
+    model, size, width = ("coswin_nano", 48, 64) if quick else ("coswin_tiny", 112, 512)
     torch.manual_seed(0)
     towers = TwoTower(
-        ImageTower(model, embed_dim=_DIM, image_size=size), TextTower(num_layers=layers)
+        ImageTower(model, embed_dim=_DIM, image_size=size),
+        TextTower(width=width, num_layers=1 if quick else 12),
     )
     task = Pretraining(towers, ranks=ranks)
     recipe = parse_recipe("", {"engine.backend": "deepspeed", "engine.zero_stage": "2"})

@@ -26,14 +26,15 @@ _PRECISION = "fp32"
 class _Sizes:
     model: str
     image_size: int
+    width: int
     num_layers: int
     large: int
     timed: int
 
 
 # A quarter of 224's area: the same model and the same ratios in a quarter of the time.
-_FULL = _Sizes("coswin_tiny", 112, 12, large=1024, timed=96)
-_QUICK = _Sizes("coswin_nano", 48, 1, large=64, timed=64)
+_FULL = _Sizes("coswin_tiny", 112, 512, 12, large=1024, timed=96)
+_QUICK = _Sizes("coswin_nano", 48, 64, 1, large=64, timed=64)
 
 
 def measure(*, quick: bool) -> Result:
@@ -78,7 +79,7 @@ def measure(*, quick: bool) -> Result:
         facts={
             "image_tower": sizes.model,
             "image_size": sizes.image_size,
-            "text_tower": f"width 512, {sizes.num_layers} layers",
+            "text_tower": f"width {sizes.width}, {sizes.num_layers} layers",
             "precision": _PRECISION,
             **describe(draw_tokens(sizes.timed)),
             "memory": "resident set above that after imports: towers, moments, images (uint8), "
@@ -116,7 +117,7 @@ def _steps(sizes: _Sizes) -> Callable[[int, int | None], Callable[[], None]]:
     torch.manual_seed(0)
     model = TwoTower(
         ImageTower(sizes.model, embed_dim=512, image_size=sizes.image_size),
-        TextTower(num_layers=sizes.num_layers),
+        TextTower(width=sizes.width, num_layers=sizes.num_layers),
     )
     task = Pretraining(model)
     backend = TorchBackend(task, OptimizerConfig(), ALONE)

@@ -43,7 +43,7 @@ _QUICK = {
 
 def measure(*, quick: bool) -> Result:
     """A step, and the copy for an evaluation, on 4 ranks of one thread, under each backend."""
-    sizes, ranks, stages = (_QUICK, 2, [3]) if quick else (_FULL, 4, [0, 1, 2, 3])
+    sizes, ranks, stages = (_QUICK, 1, [3]) if quick else (_FULL, 4, [0, 1, 2, 3])
     rows = {"torch": _row(ranks, "torch", {**sizes, "engine.backend": "torch"})}
     for stage in stages:
         engine = {"engine.backend": "deepspeed", "engine.zero_stage": str(stage)}
