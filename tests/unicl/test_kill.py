@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from tests.unicl.history import untimed
+from tests.unicl.history import train, untimed
+from tests.unicl.ranks import on_ranks
 
-STEPS = 40
-RANK_STEPS = 80
+STEPS = 24
+RANK_STEPS = 48
 KILLS = int(os.environ.get("UNICL_KILLS", "2"))  # a restart takes eight seconds on two cores
 # Detecting the death, ending the other rank, starting both again, and the first steps.
 RESTART_SECONDS = 60
@@ -56,9 +57,7 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
         "trainer.save_every": "3",
         "trainer.log_every": "4",
     }
-    whole = start(tmp_path / "whole", keys)
-    assert whole.wait(timeout=120) == 0, whole.stderr.read()
-    whole.stderr.close()
+    on_ranks(1, train, tmp_path / "whole", keys)
 
     generator = random.Random(20)
     kills = 0
@@ -68,7 +67,7 @@ def test_killed_runs_end_as_if_undisturbed(tmp_path):
         for line in process.stderr:
             if "step" in line:
                 break
-        time.sleep(generator.uniform(0.0, 0.6))
+        time.sleep(generator.uniform(0.0, 0.36))
         process.send_signal(signal.SIGKILL)
         process.stderr.close()
         if process.wait(timeout=60) == 0:
@@ -100,24 +99,23 @@ def test_killed_ranks_end_as_if_undisturbed(tmp_path):
     elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(KILLS)]
     launcher = ["torch.distributed.run", *elastic, "--monitor-interval", "0.1", "-m"]
 
-    def launch(run):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{run}.log").open("w") as log:
-            return subprocess.Popen(
-                command(tmp_path / run, keys, *launcher), env=environment, stdout=log, stderr=log
-            )
-
-    assert launch("whole").wait(timeout=300) == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    on_ranks(2, train, tmp_path / "whole", keys)
 
     generator = random.Random(20)
     metrics = tmp_path / "cut" / "metrics.jsonl"
-    agent = launch("cut")
+    with (tmp_path / "cut.log").open("w") as log:
+        agent = subprocess.Popen(
+            command(tmp_path / "cut", keys, *launcher),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
     kills = 0
     try:
         for _ in range(KILLS):
             seconds = wait_for_progress(agent, metrics)
             assert seconds < RESTART_SECONDS, (tmp_path / "cut.log").read_text()[-3000:]
-            time.sleep(generator.uniform(0.0, 0.5))
+            time.sleep(generator.uniform(0.0, 0.3))
             workers = psutil.Process(agent.pid).children()
             if len(workers) < 2:  # the run is at its end
                 break
