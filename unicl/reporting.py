@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.data.atomic import atomic_file
-from unicl.engine.metrics import read_metrics
+from unicl.engine.metrics import parse_rows
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, load_answers
 from unicl.evaluation.report import Report, Run, write_report
@@ -158,9 +158,11 @@ def _leaving_out(messages: list[str]) -> Iterator[None]:
 
 
 def _metrics(path: Path, left_out: list[str]) -> list[dict[str, Any]]:
-    rows = read_metrics(path)
+    # Once, for a run may be writing it.
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    rows = parse_rows(text)
     # A row ends its line, but for a last one that a kill has torn.
-    written = path.read_bytes().count(b"\n") if path.is_file() else 0
+    written = text.count("\n")
     if len(rows) < written:
         left_out.append(f"{path} is damaged: {written - len(rows)} of its {written} rows are lost")
     return rows

@@ -90,10 +90,13 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a `metrics.jsonl`; what a kill has torn or is no row is dropped."""
-    if not path.is_file():
-        return []
+    return parse_rows(path.read_text(errors="replace")) if path.is_file() else []
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """Return the rows of the text of a `metrics.jsonl`, those that are sound."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
