@@ -195,9 +195,8 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     console = Console()
     console.print(table)
     for result in results:
-        if result.skipped:
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result.skipped.items())
-            text = f"{result.name}: {sum(result.skipped.values()):,} images left out ({reasons})"
+        if result.left_out:
+            text = f"{result.name}: images left out: {result.left_out}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if csv is not None:
         with atomic_file(csv) as file:

@@ -100,7 +100,7 @@ def test_what_is_wrong_with_a_folder_of_images_is_told(
         shown = capsys.readouterr()
         assert ("has no test part, its val is taken" in shown.err) == ("--split" not in words)
         assert "[b]faulty (val)" in shown.out
-        assert "(val): 2 images left out (broken link: 1, undecodable image: 1)" in shown.out
+        assert "(val): images left out: 2 (broken link: 1, undecodable image: 1)\n" in shown.out
         results = read_results(Path("of_val"))
         assert all(result.num_images == 19 for result in results)
         assert all(result.protocol["split"] == "val" for result in results)
@@ -200,8 +200,8 @@ def test_an_index_knows_its_model(capsys: pytest.CaptureFixture[str], place: Pat
     for name in ("run", "wider"):
         run("embed", name, "digits", "--out", f"of_{name}", "--workers", "0")
     error = refused(capsys, "index", "of_run", "of_wider", "--out", "both")
-    assert "embedded by run (width 16)" in error
-    assert "by wider (width 24)" in error
+    assert f"embedded by {place / 'run'} (width 16)" in error
+    assert f"by {place / 'wider'} (width 24)" in error
     assert main(["index", "of_run", "--out", "own"]) == 0
     error = refused(capsys, "search", "own", "cat", "--model", "wider", "--device", "cpu")
     assert "run" in error

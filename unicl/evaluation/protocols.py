@@ -180,9 +180,9 @@ def linear_probe(
     return (
         replace(
             result,
-            skipped=dict(skipped + Counter(result.skipped)),
             protocol={
                 **result.protocol,
+                **({"skipped_in_train": dict(skipped)} if skipped else {}),
                 "num_train": len(parts[0]) + len(parts[2]),
                 "chosen_on": "a fifth of train" if validation is None else str(validation),
                 "chosen_at": found.metric,

@@ -91,6 +91,11 @@ def published(task: Task, name: str) -> tuple[Published, ...]:
     return tuple(row for row in PUBLISHED if row.task == task and name in row.figures)
 
 
+def reported_part(dataset: str) -> str:
+    """Return the part of a set that is asked about where figures are reported."""
+    return "val" if dataset == "imagenet" else "test"  # nobody has the labels of ImageNet's test
+
+
 def _by_set(*values: float) -> dict[str, dict[str, float]]:
     # An eleventh value ends the columns of the linear probe.
     columns = _COLUMNS[: len(values)]

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from unicl.data.atomic import atomic_file, write_error
 from unicl.errors import UniclError
-from unicl.evaluation.published import Task
+from unicl.evaluation.published import Task, reported_part
 
 logger = logging.getLogger("unicl")
 
@@ -56,7 +56,7 @@ class Result:
     num_images: int
     """Images that were asked about."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Images that could not be read, by reason."""
+    """Images of the set that were left out, by reason."""
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """How it was measured: templates, splits, regularisation, precision, ..."""
     seconds: float = 0.0
@@ -69,9 +69,21 @@ class Result:
 
     @property
     def marks(self) -> list[str]:
-        """Part of the set, if it is not test, and the saved probe that was tested, if one was."""
+        """Part of the set, if it is not the usual, and the saved probe that was tested, if any."""
         split, probe = self.protocol.get("split"), self.protocol.get("probe")
-        return [*([split] if split and split != "test" else []), *([probe] if probe else [])]
+        is_usual = not split or split == reported_part(self.dataset)
+        return [*([] if is_usual else [split]), *([probe] if probe else [])]
+
+    @property
+    def left_out(self) -> str:
+        """How many images were left out and why, in words; empty if none were."""
+        parts = {"": self.skipped, " of train": self.protocol.get("skipped_in_train") or {}}
+        return ", ".join(
+            f"{sum(skipped.values()):,}{where} "
+            f"({', '.join(f'{reason}: {count:,}' for reason, count in skipped.items())})"
+            for where, skipped in parts.items()
+            if skipped
+        )
 
     @property
     def shown(self) -> list[str]:
@@ -206,6 +218,7 @@ _CHECKS_OF_PROTOCOL: Mapping[str, Callable[[Any, str], object]] = {
     "probe": _text,
     "chosen_on": _text,
     "num_classes": _count,
+    "skipped_in_train": _each(_count),
     "shared_captions": _count,
     "intervals": _each(_interval),
 }

@@ -163,7 +163,12 @@ def test_a_probe_without_a_validation_split_holds_images_back(
         return search(*given, **options)
 
     monkeypatch.setattr(protocols, "search", spy)
-    result, _ = linear_probe(model, digits("train"), None, digits(), setting)
+    train, test = (
+        replace(digits(split), skipped={"broken link": count})
+        for split, count in (("train", 3), ("test", 2))
+    )
+    result, _ = linear_probe(model, train, None, test, setting)
+    assert result.left_out == "2 (broken link: 2), 3 of train (broken link: 3)"
     # The fifth that a seed draws, each side in its order, and no copy of what is fitted on.
     features = image_embeddings(model, digits("train"), setting).features
     drawn = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:200]

@@ -159,6 +159,17 @@ def test_the_headline_is_the_largest_set() -> None:
     assert "Scenes" not in cards
 
 
+def test_the_headline_may_be_of_imagenet_whose_part_is_val() -> None:
+    (run, *_) = full().runs
+    results = [
+        replace(run.results[0], dataset=name, num_images=count, protocol={"split": split})
+        for name, count, split in (("caltech101", 6_084, "test"), ("imagenet", 50_000, "val"))
+    ]
+    assert [result.name for result in results] == ["caltech101", "imagenet"]
+    cards = render(replace(full(), runs=[replace(run, results=results)])).split("<h2>")[0]
+    assert "50,000 images (imagenet)" in cards
+
+
 def test_a_headline_says_whose_it_is() -> None:
     ours, other = full().runs
     probe = replace(other.results[0], task="linear_probe", metrics={"top1": 0.345})

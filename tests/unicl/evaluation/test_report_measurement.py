@@ -105,7 +105,7 @@ def test_differences_are_named(measured: Result, said: str) -> None:
     assert said in differences(page(measured))
 
 
-def test_images_that_could_not_be_read() -> None:
+def test_images_that_were_left_out() -> None:
     fields = vars(result("zero_shot", "cifar10"))
     html = page(Result(**{**fields, "num_images": 9_997, "skipped": {"truncated": 3}}))
     assert "images: ours 9,997; Florence (CoSwin-H) and CLIP (ViT-L/14) 10,000" in differences(html)
@@ -123,7 +123,7 @@ def test_what_nobody_says_is_not_asked() -> None:
 def test_of_a_set_that_no_paper_has_the_table_says_it() -> None:
     damaged = result("zero_shot", "photos", num_classes=2)
     html = page(replace(damaged, skipped={"undecodable image": 1200, "image too large": 34}))
-    assert "100 images, 2 names; 1,234 could not be read<" in html
+    assert "100 images, 2 names; 1,234 left out<" in html
     assert "2 names<" in page(damaged)
 
 

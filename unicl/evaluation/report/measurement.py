@@ -8,7 +8,12 @@ from html import escape
 from unicl.data.image_sets import ZERO_SHOT_SETS
 from unicl.data.image_sets.clip_classes import templates
 from unicl.evaluation.page import Column, table
-from unicl.evaluation.published import NUM_TEST_IMAGES, NUM_TRAIN_IMAGES, Published
+from unicl.evaluation.published import (
+    NUM_TEST_IMAGES,
+    NUM_TRAIN_IMAGES,
+    Published,
+    reported_part,
+)
 from unicl.evaluation.report.contents import Run
 from unicl.evaluation.results import Result
 
@@ -50,13 +55,6 @@ def _looked_up(numbers: Mapping[str, int]) -> Callable[[Published, str], str]:
     return lambda peer, dataset: f"{numbers[dataset]:,}" if dataset in numbers else _NOT_SAID
 
 
-def _unread(result: Result) -> str:
-    if not result.skipped:
-        return "none"
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in result.skipped.items())
-    return f"{sum(result.skipped.values()):,} ({reasons})"
-
-
 def _shared_captions(result: Result) -> str:
     number = result.protocol.get("shared_captions")
     return f"{number:,}, right for all their images" if number else ""
@@ -91,14 +89,14 @@ _ASPECTS = (
     _Aspect(
         "part of the set",
         lambda result: _recorded("split")(result) or "the whole folder",
-        lambda peer, dataset: "val" if dataset == "imagenet" else "test",
+        lambda peer, dataset: reported_part(dataset),
     ),
     _Aspect(
         "images",
         lambda result: f"{result.num_images:,}",
         _looked_up(NUM_TEST_IMAGES),
     ),
-    _Aspect("images that could not be read", _unread, _always("none")),
+    _Aspect("images left out", lambda result: result.left_out or "none", _always("none")),
     _Aspect("prompt templates", _recorded("templates"), _zero_shot_only("the set's own")),
     _Aspect("number of prompt templates", _recorded("num_templates"), _clip_templates),
     _Aspect("backbone", _recorded("backbone"), _always("trained in each episode")),

@@ -111,10 +111,10 @@ def _rows(
 def _set(name: str, results: Sequence[Result]) -> Cell:
     images = _either(result.num_images for result in results)
     names = _either(n for r in results if isinstance(n := r.protocol.get("num_classes"), int))
-    unread = _either(number for r in results if (number := sum(r.skipped.values())))
+    left_out = _either(number for r in results if (number := sum(r.skipped.values())))
     return name, (
         f"{images} images{f', {names} names' if names else ''}"
-        f"{f'; {unread} could not be read' if unread else ''}"
+        f"{f'; {left_out} left out' if left_out else ''}"
     )
 
 
