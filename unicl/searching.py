@@ -26,7 +26,7 @@ from unicl.data.image_sets import (
 from unicl.distributed import joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
-from unicl.evaluator import Options, setting_of
+from unicl.evaluator import Options, check, setting_of
 from unicl.models import choose_device, load
 from unicl.predictor import Predictor, naming, read_image
 from unicl.search.change import chosen_kind
@@ -48,12 +48,13 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
         What was written; None on every rank but the first, which writes.
 
     Raises:
-        UsageError: there is no such set, or the folder is not empty.
+        UsageError: there is no such set, the folder is not empty, or a setting is impossible.
         UniclError: the model cannot be loaded, or no image can be read.
     """
     out = options.out
     if out is None:
         raise UsageError("where shall the embeddings go? name a folder with --out")
+    check(options)
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         ranks.together(lambda: require_empty(out))

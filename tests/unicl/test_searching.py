@@ -17,6 +17,7 @@ from tests.unicl.search.vectors import unit
 from unicl import searching
 from unicl.cli import main
 from unicl.data.image_sets import open_images
+from unicl.distributed import Launch
 from unicl.errors import UniclError, UsageError
 from unicl.evaluator import Options
 from unicl.models import load
@@ -103,6 +104,18 @@ def test_a_known_set_is_no_folder_of_that_name(tmp_path: Path) -> None:
     (item,) = searching._items(own, [0], Options())
     assert json.loads(item.where)["set"] == str(tmp_path / "digits")
     assert item.key.startswith(f"{tmp_path}/digits/test/")
+
+
+def test_what_cannot_be_done_is_told_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(searching, "load", None)
+    with pytest.raises(UsageError, match="batch_size must be positive, got 0"):
+        embedded("digits", "embeddings", batch_size=0)
+    for name, value in Launch(0, 2, 0, "localhost", 1).environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="--download is for one process, not 2"):
+        embedded("cifar10", "embeddings", download=True)
 
 
 def _first_item(data: str) -> Item:
