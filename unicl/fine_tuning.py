@@ -68,8 +68,7 @@ def fine_tune(
     recipe = fine_tuning_recipe(model, training, out, overrides)
     device = choose_device(recipe.trainer.device)
     _prepare_first(training, out)
-    if "schedule.warmup_steps" not in overrides:
-        _require_same_warmup(out / "run", recipe)
+    _require_same_steps(out / "run", recipe)
     with joined(
         device,
         timeout_seconds=recipe.engine.timeout_seconds,
@@ -138,16 +137,16 @@ def _open(data: str, split: str, options: Options) -> ClassificationSet | Captio
     return opened
 
 
-def _require_same_warmup(run: Path, recipe: Recipe) -> None:
-    """Refuse to go on with another warmup in the words of what it was derived from."""
+def _require_same_steps(run: Path, recipe: Recipe) -> None:
+    """Refuse to go on with other steps, rather than with the warmup that is derived from them."""
     if not checkpoints(run / "checkpoints"):
         return
     former = read_recipe(run)
-    if former.schedule.warmup_steps != recipe.schedule.warmup_steps:
+    before, now = ((each.trainer.steps, each.trainer.batch_size) for each in (former, recipe))
+    if before != now:
         raise UsageError(
-            f"{run} was fine-tuned for {former.trainer.steps} steps of {former.trainer.batch_size} "
-            f"samples, not {recipe.trainer.steps} of {recipe.trainer.batch_size}; choose another "
-            "--out"
+            f"{run} was fine-tuned for {before[0]} steps of {before[1]} samples, not {now[0]} of "
+            f"{now[1]}; choose another --out"
         )
 
 

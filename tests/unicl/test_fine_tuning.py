@@ -80,13 +80,16 @@ def test_captions_are_fine_tuned_for_retrieval(place: Path, tmp_path: Path) -> N
 
 
 def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> None:
-    overrides = {**QUICK, "trainer.steps": "1"}
-    fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
+    overrides = {**QUICK, "trainer.steps": "2"}
+    warmup = {"schedule.warmup_steps": "1"}
+    fine_tune(place / "run", str(place / "set"), options(tmp_path), {**overrides, **warmup})
     with pytest.raises(UsageError, match="holds other images, classes or captions than digits"):
         fine_tune(place / "run", "digits", options(tmp_path), overrides)
     other = {**overrides, "trainer.steps": "6"}
-    with pytest.raises(UsageError, match="for 1 steps of 36 samples, not 6 of 36; choose another"):
+    with pytest.raises(UsageError, match="for 2 steps of 36 samples, not 6 of 36; choose another"):
         fine_tune(place / "run", str(place / "set"), options(tmp_path), other)
+    with pytest.raises(UsageError, match=r"holds a run with another schedule\.warmup_steps; "):
+        fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
