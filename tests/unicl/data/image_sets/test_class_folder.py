@@ -106,6 +106,11 @@ def test_a_set_without_images(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(UsageError, match="holds no images"):
         opened(tmp_path)
+    (tmp_path / "cat").rmdir()
+    picture(tmp_path / "train/cat/1.png")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UsageError, match=r"\(val\) holds no images"):
+        opened(tmp_path, "val")
 
 
 def test_a_class_without_images_is_told_once(tmp_path, said):
