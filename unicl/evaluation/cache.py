@@ -350,7 +350,9 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> Non
 
 def _describe(entry: Path, about: dict[str, Any]) -> None:
     """Say in the entry what it holds, for a person who cleans up."""
-    _keep(entry / "about.json", json.dumps(about, indent=1).encode())
+    path = entry / "about.json"
+    if not path.exists():  # a cache that is complete may be one that can only be read
+        _keep(path, json.dumps(about, indent=1).encode())
 
 
 def _keep(path: Path, content: bytes) -> None:
@@ -360,7 +362,10 @@ def _keep(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(own) as file:
             file.write(content)
-        own.replace(path)
+        try:
+            own.replace(path)
+        finally:
+            own.unlink(missing_ok=True)
         return
     except OSError as error:
         failed = write_error(path.parent, error)

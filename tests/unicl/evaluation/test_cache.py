@@ -191,10 +191,22 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     model = toy()
     image_embeddings(model, noise(), setting(tmp_path / "cache"))
     (entry,) = (tmp_path / "cache").iterdir()
-    (entry / "about.json").unlink()
-    (entry / "about.json").mkdir()
+    files = {path.name for path in entry.iterdir()}
+    block = entry / "block-0000000004.safetensors"
+    block.unlink()
+    block.mkdir()
     with pytest.raises(UniclError, match=r"Is a directory; .* remember nothing \(--cache none\)$"):
         image_embeddings(model, noise(), setting(tmp_path / "cache"))
+    assert {path.name for path in entry.iterdir()} == files
+
+
+def test_a_complete_cache_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = image_embeddings(toy(), noise(), setting(tmp_path))
+    monkeypatch.setattr(cache, "atomic_file", None)
+    again = image_embeddings(toy(), noise(), setting(tmp_path))
+    torch.testing.assert_close(again.embeddings, expected.embeddings, rtol=0, atol=0)
 
 
 def test_nothing_to_embed() -> None:
