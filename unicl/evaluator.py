@@ -124,6 +124,7 @@ def evaluate(
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         # Opened before the model is loaded: a name that is wrong is told at once.
         work = ranks.together(lambda: _open_all(task, data, options))
+        probe = ranks.together(lambda: _open_probe(task, options))
         loaded = ranks.together(lambda: load(model, device=str(device)))
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
@@ -131,7 +132,7 @@ def evaluate(
         ranks.together(lambda: _require_writable(out) if ranks.first else None)
         results = []
         for parts in work:
-            result, keep = _run(task, loaded, parts, setting, options)
+            result, keep = _run(task, loaded, parts, probe, setting, options)
             results.append(result)
             ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
             logger.info("%s: %s %s", result.name, result.headline, _percent(result))
@@ -298,8 +299,19 @@ def _open(task: str, name: str, options: Options) -> _Parts:
     return _Parts(test, part("train"), validation)
 
 
+def _open_probe(task: str, options: Options) -> LinearProbe | None:
+    if task != "linear-probe" or options.probe is None:
+        return None
+    return LinearProbe.load(options.probe)
+
+
 def _run(
-    task: str, model: Pretrained, parts: _Parts, setting: Setting, options: Options
+    task: str,
+    model: Pretrained,
+    parts: _Parts,
+    probe: LinearProbe | None,
+    setting: Setting,
+    options: Options,
 ) -> tuple[Result, Callable[[Path], None]]:
     """Measure, and return what else there is to be written beside the result."""
     test = parts.test
@@ -320,8 +332,7 @@ def _run(
         named = {"templates": options.templates or "the set's own"}
         result = replace(result, protocol={**result.protocol, **named})
         return result, partial(save_answers, answers, test) if answers else _keep_nothing
-    if options.probe is not None:
-        probe = LinearProbe.load(options.probe)
+    if probe is not None and options.probe is not None:
         result = protocols.ask_probe(probe, model, test, setting)
         named = {"probe": options.probe.name}
         return replace(result, protocol={**result.protocol, **named}), _keep_nothing

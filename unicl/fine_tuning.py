@@ -85,8 +85,9 @@ def fine_tune(
             result = replace(result, task="fine_tune")
         from_ = {"from": str(model), "steps": recipe.trainer.steps}
         result = replace(result, protocol={**result.protocol, **from_})
-        if ranks.first:
-            save_result(run.path / "evaluation", result)
+        ranks.together(
+            lambda: save_result(run.path / "evaluation", result) if ranks.first else None
+        )
     return result
 
 

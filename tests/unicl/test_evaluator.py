@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_folder_of_images_is_told(
     assert results[1].protocol["num_classes"] == 11
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+def test_what_cannot_be_written_or_read_is_told_before_any_work(
     capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "file").touch()
@@ -119,6 +119,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(
     with monkeypatch.context() as patch:
         patch.setattr("unicl.evaluator._run", None)
         assert "cannot write file/x: Not a dir" in refused(capsys, *words, "--out", "file/x")
+        patch.setattr("unicl.evaluator.load", None)
+        words_of_probe = ("eval", "run", "linear-probe", "digits", "--probe", "none.safetensors")
+        assert "cannot read the probe none.safetensors" in refused(capsys, *words_of_probe)
     assert main([*words, "--csv", "file/x.csv"]) == 1
     shown = capsys.readouterr()
     assert "cannot write file/x.csv" in shown.err

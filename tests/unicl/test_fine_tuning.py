@@ -1,6 +1,7 @@
 """Fine-tuning by the pretraining's loss, on real digits and on captions."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from unicl.config import parse_recipe
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.images import PixelArray
 from unicl.data.shards import ShardSet
-from unicl.distributed import Launch
+from unicl.distributed import Launch, Ranks
 from unicl.engine.metrics import read_metrics
 from unicl.errors import UsageError
 from unicl.evaluation.results import read_results
@@ -61,7 +62,22 @@ def test_a_short_training_names_real_digits(place: Path, tmp_path: Path) -> None
     assert probe.metrics["top1"] >= 0.95
 
 
-def test_captions_are_fine_tuned_for_retrieval(place: Path, tmp_path: Path) -> None:
+def watch_together(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list that gets what the ranks do together."""
+    done: list[object] = []
+    together = Ranks.together
+
+    def watched(ranks: Ranks, work: Callable[[], object]) -> object:
+        done.append(together(ranks, work))
+        return done[-1]
+
+    monkeypatch.setattr(Ranks, "together", watched)
+    return done
+
+
+def test_captions_are_fine_tuned_for_retrieval(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides = {**QUICK, "trainer.steps": "3"}
     result = fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
     assert result.task == "retrieval_fine_tuned"
@@ -71,12 +87,15 @@ def test_captions_are_fine_tuned_for_retrieval(place: Path, tmp_path: Path) -> N
     recipe = read_recipe(tmp_path / "run")
     assert recipe.trainer.batch_size == 36
     assert recipe.data.templates == "none"
+    done_together = watch_together(monkeypatch)
     # The same command again finds all of it there.
     written = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
     again = fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
     assert again.metrics == result.metrics
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == written
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (path,) = (tmp_path / "run" / "evaluation").iterdir()
+    assert path in done_together, "a rank that cannot write must not leave others waiting"
 
 
 def test_other_data_is_not_taken_for_the_same(place: Path, tmp_path: Path) -> None:
