@@ -220,10 +220,9 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
             f"cannot join the other ranks at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {reason}"
         ) from error
-    if launch.rank:
-        logging.getLogger("unicl").setLevel(logging.ERROR)  # what all have to say, one says
     try:
-        yield Ranks(dist.group.WORLD)
+        with first_speaks():
+            yield Ranks(dist.group.WORLD)
     except RuntimeError as error:
         if not _is_lost_rank(error):
             raise
@@ -234,6 +233,23 @@ def joined(device: torch.device, *, timeout_seconds: int, alone: bool = True) ->
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def first_speaks() -> Iterator[None]:
+    """Leave it to rank 0 to say what all ranks have to say; also a function's decorator.
+
+    Raises:
+        UsageError: A launcher's variables are incomplete.
+    """
+    logger, launch = logging.getLogger("unicl"), find_launch()
+    level = logger.level
+    if launch is not None and launch.rank:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.prepare import is_finished, prepare, progress_bar
 from unicl.data.shards import SampleError, ShardSet
 from unicl.data.sources import Entry, SkippedEntry, image_type
-from unicl.distributed import find_launch, joined
+from unicl.distributed import find_launch, first_speaks, joined
 from unicl.engine.checkpoint import checkpoints
 from unicl.errors import UsageError
 from unicl.evaluation import protocols
@@ -35,6 +35,7 @@ _SHORTEST = 20
 """Steps that a fine-tuning takes at least, however small the set."""
 
 
+@first_speaks()  # a set is opened and prepared before the ranks join
 def fine_tune(
     model: str | Path,
     data: str,
@@ -58,9 +59,6 @@ def fine_tune(
     if options.out is None:
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
     check(options)
-    launch = find_launch()
-    if launch is not None and launch.rank:
-        logger.setLevel(logging.ERROR)  # what all have to say before they join, one says
     out = options.out
     test = _open(data, options.split, options)
     training = _open(data, "train", options)

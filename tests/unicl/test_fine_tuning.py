@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.unicl.corpus import small_recipe, write_corpus
-from unicl import fine_tuning
 from unicl.build import train
 from unicl.config import parse_recipe
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
@@ -117,12 +116,13 @@ def test_one_rank_says_what_all_find(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
     caplog.set_level("INFO", "unicl")
-    launch = Launch(rank, 2, rank, "localhost", 0)
-    monkeypatch.setattr(fine_tuning, "find_launch", lambda: launch)
+    for name, value in Launch(rank, 2, rank, "localhost", 0).environment().items():
+        monkeypatch.setenv(name, value)
     write_corpus(tmp_path / "set" / "val", num_samples=2)
     with pytest.raises(UsageError, match="has no split 'train'; it has val"):
         fine_tune("run", str(tmp_path / "set"), options(tmp_path))
     assert ("has no test part" in caplog.text) == (rank == 0)
+    assert logging.getLogger("unicl").level == logging.INFO, "the caller's own level is back"
 
 
 @pytest.mark.parametrize(

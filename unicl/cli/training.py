@@ -140,9 +140,11 @@ def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     recipe = load_recipe(arguments.recipe, overrides)
     from unicl.build import train
+    from unicl.distributed import first_speaks
 
-    run = train(recipe, arguments.out)
-    logger.info("finished at step %d: %s", run.step, run.path)
+    with first_speaks():
+        run = train(recipe, arguments.out)
+        logger.info("finished at step %d: %s", run.step, run.path)
 
 
 def _verify_gradients(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
