@@ -41,6 +41,8 @@ logger = logging.getLogger("unicl")
 TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval")
 """Protocols that leave the model as it is."""
 
+# Names of empty classes that a warning has room for.
+_SHOWN = 5
 _PAPERS_SETS = {
     "zero-shot": ZERO_SHOT_SETS,
     "linear-probe": LINEAR_PROBE_SETS,
@@ -233,6 +235,19 @@ def check(options: Options) -> None:
         raise UsageError(f"shots must be positive numbers, got {options.shots}")
 
 
+def warn_of_empty_classes(images: ClassificationSet | CaptionSet) -> None:
+    """Say which classes no part of a set has an image of; told of one part, it is told of all."""
+    if isinstance(images, ClassificationSet) and images.empty_classes:
+        empty = images.empty_classes
+        logger.warning(
+            "%s has no image of %d of its %d classes (%s); their names can still be guessed",
+            images.name,
+            len(empty),
+            len(images.class_names),
+            ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else ""),
+        )
+
+
 @dataclass(frozen=True)
 class _Parts:
     """A set's part that is asked about, and those that a probe is fitted on."""
@@ -288,6 +303,7 @@ def _open(task: str, name: str, options: Options) -> _Parts:
         )
 
     test = part(options.split)
+    warn_of_empty_classes(test)
     if task != "linear-probe" or options.probe is not None:
         return _Parts(test)
     if options.split == "train":

@@ -99,6 +99,7 @@ def test_what_is_wrong_with_a_folder_of_images_is_told(
         run("eval", "run", words[0], "[b]faulty", *words[1:], "--workers", "0", "--out", "of_val")
         shown = capsys.readouterr()
         assert ("has no test part, its val is taken" in shown.err) == ("--split" not in words)
+        assert shown.err.count("[b]faulty has no image of 1 of its 11 classes (ten); their") == 1
         assert "[b]faulty (val)" in shown.out
         assert "(val): images left out: 2 (broken link: 1, undecodable image: 1)\n" in shown.out
         results = read_results(Path("of_val"))

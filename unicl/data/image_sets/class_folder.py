@@ -4,9 +4,7 @@ The parts are `train`, `val` and `test`. In FOLDER may lie `classnames.txt`, a b
 for the folders of classes in their order, and `templates.txt`, a prompt per line.
 """
 
-import logging
 import os
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +22,7 @@ from unicl.data.shard_index import IMAGE_EXTENSIONS
 from unicl.data.sources import class_name, visible_folder
 from unicl.errors import UsageError
 
-logger = logging.getLogger("unicl")
-
 _PARTS = ("train", "val", "test")
-# Names of empty classes that a warning has room for.
-_SHOWN = 5
 _EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
@@ -59,7 +53,6 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     absent = [names[number] for number in sorted({*range(len(names))}.difference(targets.tolist()))]
     # In one part a class may well have no image: such a class is looked for in the others.
     empty = [name for name in absent if not any(_has_image(path / name) for path in others)]
-    _tell_empty(str(folder), tuple(empty), len(names))
     return ClassificationSet(
         name=str(folder),
         split=split if parts else "",
@@ -67,6 +60,7 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
         images=ImageFiles(part, [path.removeprefix(f"{part}{os.sep}") for path, _ in found]),
         skipped=_broken_links(len(listed) - len(found)),
         class_names=_class_names(folder, names),
+        empty_classes=tuple(empty),
         templates=read_templates(folder / "templates.txt"),
         targets=targets,
         metric="top1",
@@ -104,16 +98,6 @@ def _is_image(path: str) -> bool:
 def _has_image(folder: Path) -> bool:
     below = os.walk(folder, followlinks=True)
     return any(_is_image(name) for _, _, names in below for name in names)
-
-
-@cache  # a command opens the parts of a folder one after the other
-def _tell_empty(folder: str, names: tuple[str, ...], num_classes: int) -> None:
-    if names:
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        logger.warning(
-            "%s has no image of %d of its %d classes (%s); their names can still be guessed",
-            *(folder, len(names), num_classes, shown),
-        )
 
 
 def _parts(folder: Path) -> dict[str, Path]:

@@ -92,6 +92,8 @@ class ClassificationSet(ImageSet):
 
     class_names: tuple[str, ...]
     """One name per class, fit for a prompt; two classes may share a name (ImageNet's do)."""
+    empty_classes: tuple[str, ...] = ()
+    """Those of them, by their folders' names, that no part has an image of."""
     templates: tuple[str, ...]
     """The prompt ensemble; each has `{}` once, for the name."""
     short_text_words: int | None = None
