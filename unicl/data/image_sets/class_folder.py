@@ -47,6 +47,8 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     present = {name: number for number, name in enumerate(names) if (part / name).is_dir()}
     # torchvision refuses a part without any class.
     listed = make_dataset(part, present, None, _is_image, allow_empty=True) if present else []
+    # A fingerprint looks at each file once more, but not every command needs one, and the second
+    # look is answered from memory: it takes a tenth of a second for 50,000 files.
     found = [(path, number) for path, number in listed if os.path.exists(path)]
     targets = np.array([number for _, number in found], np.int64)
     others = [path for path in parts.values() if path != part]
