@@ -14,7 +14,8 @@ from rich.table import Table
 
 from unicl.build import HeldOut, build_held_out, train
 from unicl.config import Recipe, load_recipe
-from unicl.data.prepare import is_finished, prepare, progress_bar
+from unicl.data.prepare import is_finished, prepare
+from unicl.data.progress import progress_bar
 from unicl.data.shards import ShardSet
 from unicl.data.twemoji import HELD_OUT_KINDS
 from unicl.engine.metrics import read_metrics

@@ -16,7 +16,8 @@ from typing import Any
 from unicl.build import train
 from unicl.config import Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
-from unicl.data.prepare import is_finished, prepare, progress_bar
+from unicl.data.prepare import is_finished, prepare
+from unicl.data.progress import progress_bar
 from unicl.data.shards import SampleError, ShardSet
 from unicl.data.sources import Entry, SkippedEntry, image_type
 from unicl.distributed import find_launch, first_speaks, joined

@@ -123,7 +123,8 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     refuse_ranks("prepare")
-    from unicl.data.prepare import prepare, progress_bar
+    from unicl.data.prepare import prepare
+    from unicl.data.progress import progress_bar
 
     with progress_bar(arguments.source) as progress:
         prepared = prepare(

@@ -1,16 +1,13 @@
 """From a source to folders of shards: what `unicl prepare` does (Florence, section 2.1)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress as Bar
-
 from unicl.data.atomic import PARTIAL_PREFIX, write_error
 from unicl.data.hash_table import COLLISIONS_FILE, TEXTS_FILE
+from unicl.data.progress import Progress
 from unicl.data.shard_index import DATASET_FILE
 from unicl.data.shards import ShardSet, ShardWriter, index_shards
 from unicl.data.sources import SkippedEntry, Source, open_source
@@ -27,8 +24,6 @@ _PRODUCTS = (
     _MARKER,
 )
 _PROGRESS_EVERY = 100
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,6 @@ class Prepared:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """Show a bar on a terminal while `prepare` runs; pass what it yields as `progress`."""
-    console = Console(stderr=True)
-    with Bar(console=console, disable=not console.is_terminal, transient=True) as bar:
-        line = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(line, completed=done, total=total)
 
 
 def is_finished(out: Path) -> bool:

@@ -28,7 +28,7 @@ from unicl.data.atomic import atomic_file, write_error
 from unicl.data.image_sets import ImageSet
 from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
-from unicl.data.prepare import Progress, progress_bar
+from unicl.data.progress import Progress, progress_bar
 from unicl.data.prompts import PromptSampler
 from unicl.data.shards import RawSample
 from unicl.distributed import ALONE, Ranks
@@ -130,7 +130,7 @@ def image_blocks(
             progress(span.stop, images.num_samples)
 
 
-def _untold(done: int, of: int | None) -> None:
+def _untold(done: int, total: int | None) -> None:
     pass
 
 

@@ -121,7 +121,7 @@ def test_an_interrupted_embedding_goes_on(tmp_path: Path) -> None:
 
 def test_a_bar_is_told_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int | None]] = []
-    bar = nullcontext(lambda done, of: told.append((done, of)))
+    bar = nullcontext(lambda done, total: told.append((done, total)))
     monkeypatch.setattr(cache, "progress_bar", lambda title: bar)
     images = noise(damaged=(5,))
     for expected in ([3, 4, 4, 7, 8, 8, 10, 10], [4, 8, 10]):  # the second time from the cache
