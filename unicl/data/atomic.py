@@ -17,8 +17,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def write_error(path: Path, error: OSError) -> UniclError:
     """Return the one-line error for a write that the operating system refused."""
     reason = error.strerror or str(error)
-    way_out = "free space or choose another folder" if error.errno in _FULL else "name a new place"
-    return UniclError(f"cannot write {path}: {reason}; {way_out}")
+    free = "free space or " if error.errno in _FULL else ""
+    return UniclError(f"cannot write {path}: {reason}; {free}choose another place")
 
 
 def partial_path(path: Path) -> Path:
@@ -28,7 +28,9 @@ def partial_path(path: Path) -> Path:
         UsageError: There is no place beside it, for it has no name of its own.
     """
     if path.name in ("", ".."):
-        raise UsageError(f"cannot write {path}: it is this folder or one above; name a new place")
+        raise UsageError(
+            f"cannot write {path}: it is this folder or one above; choose another place"
+        )
     return path.with_name(f"{PARTIAL_PREFIX}{path.name}")
 
 

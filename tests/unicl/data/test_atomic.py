@@ -14,7 +14,7 @@ def test_a_place_without_a_name_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with (
-        pytest.raises(UsageError, match=r"cannot write .*; name a new place"),
+        pytest.raises(UsageError, match=r"cannot write .*; choose another place"),
         atomic_file(Path(place)),
     ):
         pass
@@ -24,10 +24,10 @@ def test_a_place_without_a_name_is_one_line(
 @pytest.mark.parametrize(
     ("number", "way_out"),
     [
-        (errno.ENOSPC, "free space or choose another folder"),
-        (errno.EDQUOT, "free space or choose another folder"),
-        (errno.EROFS, "name a new place"),
-        (errno.EISDIR, "name a new place"),
+        (errno.ENOSPC, "free space or choose another place"),
+        (errno.EDQUOT, "free space or choose another place"),
+        (errno.EROFS, "choose another place"),
+        (errno.EISDIR, "choose another place"),
     ],
 )
 def test_the_way_out_fits_the_reason(number: int, way_out: str) -> None:
@@ -37,7 +37,7 @@ def test_the_way_out_fits_the_reason(number: int, way_out: str) -> None:
 
 def test_a_folder_without_files_of_ones_own() -> None:
     with (
-        pytest.raises(UniclError, match=r"^cannot write /proc/r: .*; name a new place$"),
+        pytest.raises(UniclError, match=r"^cannot write /proc/r: .*; choose another place$"),
         atomic_file(Path("/proc/r")),
     ):
         pass

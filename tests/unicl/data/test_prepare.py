@@ -179,7 +179,7 @@ def test_folder_that_refuses_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("pathlib.Path.mkdir", mkdir)
-    with pytest.raises(UniclError, match=r"cannot write .*: Read-only file system; name a new"):
+    with pytest.raises(UniclError, match=r"cannot write .*: Read-only file system; choose another"):
         prepare(Letters(), tmp_path / "out")
 
 

@@ -186,7 +186,9 @@ def test_what_may_be_there_the_next_time_is_not_remembered_as_lost(tmp_path: Pat
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     place = tmp_path / "a file"
     place.touch()
-    with pytest.raises(UniclError, match=r"^cannot write .*; name a new place \(--cache DIR\), or"):
+    with pytest.raises(
+        UniclError, match=r"^cannot write .*; choose another place \(--cache DIR\), or"
+    ):
         image_embeddings(toy(), noise(), setting(place))
     model = toy()
     image_embeddings(model, noise(), setting(tmp_path / "cache"))

@@ -91,7 +91,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_the_present_folder_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"cannot write \.: .*; name a new place"):
+    with pytest.raises(UsageError, match=r"cannot write \.: .*; choose another place"):
         export_safetensors(small_model(), Path("."), recipe="")
 
 
