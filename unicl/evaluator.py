@@ -219,7 +219,7 @@ def check(options: Options) -> None:
     """Refuse what cannot be done, before anything is.
 
     Raises:
-        UsageError: a setting is unknown or not positive, or several ranks would download.
+        UsageError: a setting is unknown or out of range, or several ranks would download.
     """
     launch = find_launch()
     if options.download and launch is not None and launch.size > 1:
@@ -231,6 +231,8 @@ def check(options: Options) -> None:
     for name in ("batch_size", "num_episodes"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} must be positive, got {getattr(options, name)}")
+    if options.num_workers < 0:
+        raise UsageError(f"num_workers must not be negative, got {options.num_workers}")
     if not options.shots or min(options.shots) < 1:
         raise UsageError(f"shots must be positive numbers, got {options.shots}")
 

@@ -18,6 +18,7 @@ WITHOUT_TORCH = [
     (["eval", ".", "zero-shot", "./nowhere"], "there is no set ./nowhere: no such file"),
     (["eval", ".", "few-shot", "digits", "--shots", "5,x"], "positive whole number, got 'x'"),
     (["eval", ".", "few-shot", "digits", "--episodes", "0"], "positive whole number, got '0'"),
+    (["eval", ".", "zero-shot", "digits", "--workers", "-1"], "0 or more, got '-1'"),
     (["embed", ".", "digits", "--out", "x", "--precision", "int8"], "invalid choice: 'int8'"),
     (["embed", "nowhere", "digits", "--out", "x"], "there is no model nowhere: no such file"),
     (["index", ".", "--out", "x", "--kind", "fast"], "invalid choice: 'fast'"),

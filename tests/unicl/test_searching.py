@@ -112,6 +112,9 @@ def test_what_cannot_be_done_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(searching, "load", None)
     with pytest.raises(UsageError, match="batch_size must be positive, got 0"):
         embedded("digits", "embeddings", batch_size=0)
+    given = Options(out=Path("embeddings"), num_workers=-1)
+    with pytest.raises(UsageError, match="num_workers must not be negative, got -1"):
+        embed("toy", "digits", given)
     for name, value in Launch(0, 2, 0, "localhost", 1).environment().items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="--download is for one process, not 2"):

@@ -202,7 +202,7 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
         help=f"{', '.join(_PRECISIONS)} (default: fp32)",
     )
     command.add_argument("--batch-size", type=_count, default=256, metavar="N")
-    command.add_argument("--workers", type=int, default=2, metavar="N", help="loading processes")
+    command.add_argument("--workers", type=_whole, default=2, metavar="N", help="loading processes")
     command.add_argument(
         "--cache",
         metavar="DIR",
@@ -330,6 +330,12 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
     return int(text)
 
 
