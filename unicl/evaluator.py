@@ -283,12 +283,15 @@ def _open_papers(task: str, options: Options) -> list[_Parts]:
             missing.append(name)
         except UniclError as error:
             logger.warning("left out: %s", error)
+    download = "" if options.download else "try --download, "
     lacks = (
-        f"{options.root} lacks {', '.join(missing)}; name another --root, try --download, or ask "
-        "for one alone to see what it needs"
+        f"{options.root} lacks {', '.join(missing)}; name another --root, {download}or ask for one "
+        "alone to see what it needs"
     )
+    if missing and not there:
+        raise UsageError(f"none of the sets of {task} is there: {lacks}")
     if not there:
-        raise UsageError(f"none of the sets of {task} is there{(missing and f': {lacks}') or ''}")
+        raise UsageError(f"none of the sets of {task} can be opened")  # why was told of each
     if missing:
         logger.warning("left out: %s", lacks)
     return there

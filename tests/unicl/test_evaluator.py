@@ -158,6 +158,8 @@ def test_the_paper_stands_beside(capsys: pytest.CaptureFixture[str], place: Path
         (("eval", "run", "zero-shot", "digits", "--a.b", "1"), "--a.b is a key of fine-tune's"),
         (("eval", "run", "fine-tune", "digits"), "name a folder with --out"),
         (("eval", "run", "zero-shot", "all"), "is there: data lacks food101, cifar10, "),
+        (("eval", "run", "retrieval", "all"), "name another --root, try --download, or ask"),
+        (("eval", "run", "retrieval", "all", "--download"), "name another --root, or ask for one"),
         (("eval", "open_clip:ViT-B-33", "zero-shot", "digits"), "ViT-B-32"),
     ],
 )  # fmt: skip
