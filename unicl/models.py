@@ -27,7 +27,7 @@ from unicl.engine.checkpoint import (
 )
 from unicl.errors import UniclError, UsageError, no_model
 from unicl.towers.image import ImageTower, read_safetensors
-from unicl.towers.open_clip import CONFIG, LOCAL, load_open_clip
+from unicl.towers.open_clip import CONFIG, LOCAL, absolute_name, load_open_clip
 from unicl.towers.pretrained import Pretrained
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower, carry_model
@@ -109,17 +109,25 @@ def _build_own(recipe: Recipe, *, start: bool) -> TwoTower:
     )
 
 
-def complete(recipe: Recipe) -> Recipe:
+def complete(recipe: Recipe, loaded: Pretrained | None = None) -> Recipe:
     """Return a recipe that knows the sizes of the open_clip model that it names.
+
+    A folder or file in the name becomes absolute: the recipe holds in any working directory.
+
+    Args:
+        recipe: the recipe.
+        loaded: the model, where it is loaded already.
 
     Raises:
         UsageError: open_clip has no such model.
     """
     if recipe.model is None:
         return recipe
-    found = _sizes(recipe.model)
+    name = lasting_name(recipe.model)
+    found = _sizes(name) if loaded is None else _reading(loaded)
     return replace(
         recipe,
+        model=name,
         embed_dim=found.embed_dim,
         image_tower=replace(recipe.image_tower, image_size=found.image_size),
         text_tower=replace(recipe.text_tower, context_length=found.context_length),
@@ -138,11 +146,15 @@ class _Reading:
     identity: str
 
 
-@functools.cache
+@functools.cache  # of a folder what it held at first: who changes it starts another process
 def _sizes(name: str) -> _Reading:
-    found = load_open_clip(name.removeprefix(OPEN_CLIP), weights=False)
+    return _reading(load_open_clip(name.removeprefix(OPEN_CLIP), weights=False))
+
+
+def _reading(found: Pretrained) -> _Reading:
+    tokens = found.tokenize(["a"]).to(found.model.logit_scale.device)
     with torch.no_grad():
-        text = found.model.encode_text(found.tokenize(["a"]))
+        text = found.model.encode_text(tokens)
     return _Reading(
         found.tokenize,
         found.transform,
@@ -214,7 +226,7 @@ def full_name(name: str | Path) -> str:
     """Return a model's name, that of a folder in open_clip's format with `open_clip:` before it.
 
     Raises:
-        UsageError: there is no such file or folder, or no model in it.
+        UsageError: there is no such file or folder.
     """
     path = Path(name)
     if str(name).startswith(OPEN_CLIP):
@@ -223,6 +235,17 @@ def full_name(name: str | Path) -> str:
         raise no_model(str(name))
     is_own = path.suffix in _RELEASE or (_run_of(path) / "recipe.toml").is_file()
     return f"{OPEN_CLIP}{LOCAL}{name}" if not is_own and (path / CONFIG).is_file() else str(name)
+
+
+def lasting_name(name: str | Path) -> str:
+    """Return a model's name that means the same in any working directory: paths are absolute.
+
+    Raises:
+        UsageError: open_clip has no such model.
+    """
+    if str(name).startswith(OPEN_CLIP):
+        return f"{OPEN_CLIP}{absolute_name(str(name).removeprefix(OPEN_CLIP))}"
+    return str(Path(name).resolve())
 
 
 def _load_own(path: Path) -> Pretrained:
@@ -261,7 +284,7 @@ def recipe_of(name: str | Path, loaded: Pretrained | None = None) -> Recipe:
     """
     name = full_name(name)
     if name.startswith(OPEN_CLIP):
-        return complete(Recipe(model=name))
+        return complete(Recipe(model=name), loaded)
     if Path(name).suffix not in _RELEASE:
         return read_recipe(_run_of(Path(name)))
     found = load(name) if loaded is None else loaded

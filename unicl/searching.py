@@ -27,7 +27,7 @@ from unicl.distributed import joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
 from unicl.evaluator import Options, check, setting_of
-from unicl.models import choose_device, load
+from unicl.models import choose_device, lasting_name, load
 from unicl.predictor import Predictor, naming, read_image
 from unicl.search.change import chosen_kind
 from unicl.search.collection import Collection, require_empty
@@ -74,8 +74,7 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
             (block.embeddings.numpy(), _items(images, block.rows.tolist(), options))
             for block in blocks
         )
-        # Found again from any folder; a name of open_clip is none of a file.
-        name = str(Path(model).resolve()) if Path(model).exists() else loaded.name
+        name = lasting_name(model)  # found again from any folder
         written = Collection.write(out, with_items, model=name, fingerprint=loaded.fingerprint)
         logger.info(
             "%d embeddings of width %d in %s%s",

@@ -1,15 +1,19 @@
 """A model by its name, wherever it is from."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.unicl.towers.test_release import released_weights, theirs, write
+from unicl import models
 from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UsageError
 from unicl.exporting import export
-from unicl.models import build_model, load, recipe_of
+from unicl.models import build_model, lasting_name, load, recipe_of
 from unicl.towers import release
+from unicl.towers.open_clip import load_open_clip
 
 __all__ = ["theirs"]  # a fixture
 
@@ -33,6 +37,57 @@ def test_a_released_checkpoint_becomes_a_model_of_ours(theirs, tmp_path, monkeyp
     texts = [m.model.encode_text(m.tokenize(["a cat"])).detach().numpy() for m in (released, ours)]
     np.testing.assert_array_equal(*texts)
     assert released.fingerprint != ours.fingerprint  # they cut the same image differently
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small model of open_clip in a folder, without weights, from where paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 64, "heads": 2, "layers": 1, "context_length": 20},
+    }
+    path = tmp_path / "theirs"
+    path.mkdir()
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "lasting"),
+    [
+        ("run", "{here}/run"),
+        ("theirs", "{here}/theirs"),
+        ("open_clip:theirs", "open_clip:local-dir:{here}/theirs"),
+        ("open_clip:local-dir:theirs", "open_clip:local-dir:{here}/theirs"),
+        ("open_clip:ViT-B-32", "open_clip:ViT-B-32"),
+        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32/openai"),
+        ("open_clip:ViT-B-32/model.pt", "open_clip:ViT-B-32/{here}/model.pt"),
+        ("open_clip:hf-hub:org/name", "open_clip:hf-hub:org/name"),
+    ],
+)
+def test_a_name_that_lasts_holds_in_any_working_directory(name, lasting, folder):
+    here = folder.parent
+    for architecture in ("ViT-B-32", "openai"):  # folders beside, which no name means
+        (here / architecture).mkdir()
+    assert lasting_name(name) == lasting.format(here=here)
+    assert lasting_name(lasting_name(name)) == lasting_name(name)
+
+
+def test_towers_from_a_folder_are_found_again_from_elsewhere(folder, monkeypatch, tmp_path):
+    recipe = recipe_of("theirs")
+    monkeypatch.chdir("/")
+    assert models.complete(recipe) == recipe
+    assert build_model(recipe, start=False).image.name == f"open_clip:local-dir:{folder}"
+
+
+def test_a_loaded_model_is_not_built_again_for_its_recipe(folder, monkeypatch):
+    loaded = load_open_clip("theirs", weights=False)
+    monkeypatch.setattr(models, "load_open_clip", None)
+    recipe = recipe_of("open_clip:theirs", loaded)
+    sizes = (recipe.embed_dim, recipe.image_tower.image_size, recipe.text_tower.context_length)
+    assert sizes == (24, 32, 20)
 
 
 def test_weights_are_no_folder_of_open_clip(tmp_path):

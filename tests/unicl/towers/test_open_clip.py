@@ -263,6 +263,7 @@ def test_random_weights_are_called_so_in_one_line(caplog, capsys):
         ("ViT-B-32/some/file.pt", r"there is no file some/file.pt; give one, or a tag"),
         ("local-dir:nowhere", r"there is no nowhere/open_clip_config.json"),
         ("hf-hub:alone", r"must be open_clip:hf-hub:ORG/NAME"),
+        ("", r"open_clip has no architecture ''; see open_clip.list_models"),
     ],
 )
 def test_what_is_not_there_is_said(name, message):

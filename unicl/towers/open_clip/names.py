@@ -43,7 +43,7 @@ def parse_name(name: str, *, weights: bool) -> tuple[str, str | None]:
         return name, None
     architecture, _, source = name.partition("/")
     models = open_clip.list_models()
-    if architecture not in models and Path(name).is_dir():
+    if name and architecture not in models and Path(name).is_dir():
         return parse_name(f"{LOCAL}{name}", weights=weights)
     if architecture not in models:
         nearest = _nearest(architecture, models, "see open_clip.list_models()")
@@ -61,6 +61,22 @@ def parse_name(name: str, *, weights: bool) -> tuple[str, str | None]:
         raise UsageError(f"open_clip:{name}: there is no file {source}; give one, or a tag")
     nearest = _nearest(tag, tags, f"it has {', '.join(tags) or 'none'}")
     raise UsageError(f"open_clip has no weights {source!r} of {architecture}; {nearest}")
+
+
+def absolute_name(name: str) -> str:
+    """Return a name that means the same in any working directory: its folder or file absolute.
+
+    Raises:
+        UsageError: There is no such architecture, tag or folder.
+    """
+    import open_clip
+
+    architecture, source = parse_name(name, weights=False)
+    if architecture.startswith(LOCAL):
+        return f"{LOCAL}{Path(architecture.removeprefix(LOCAL)).resolve()}"
+    if source is None or open_clip.get_pretrained_cfg(architecture, source):
+        return name
+    return f"{architecture}/{Path(source).resolve()}"
 
 
 def _nearest(word: str, words: Sequence[str], otherwise: str) -> str:
