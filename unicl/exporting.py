@@ -17,7 +17,7 @@ from unicl.export.onnx import export_onnx
 from unicl.export.open_clip import export_open_clip, has_coswin
 from unicl.export.safetensors import export_safetensors
 from unicl.models import OPEN_CLIP, load, recipe_of
-from unicl.towers.open_clip import LOCAL
+from unicl.towers.open_clip import LOCAL, parse_name
 from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
@@ -79,6 +79,7 @@ def export(
         # What the weights were started from and averaged of is behind them.
         final = replace(
             recipe,
+            model=recipe.model and recipe.model.partition("//")[0],  # a file's path is absolute
             weights=None,
             image_tower=replace(recipe.image_tower, weights=None, locked=False),
             text_tower=replace(recipe.text_tower, locked=False),
@@ -94,9 +95,10 @@ def export(
 
 def _folder_of_open_clip(recipe: Recipe) -> str:
     """Return the folder in open_clip's format that the towers are built from, or nothing."""
-    name = (recipe.model or "").removeprefix(OPEN_CLIP)
-    folder = name.removeprefix(LOCAL)
-    return folder if folder != name or (name and Path(name).is_dir()) else ""
+    if recipe.model is None:
+        return ""
+    place, _ = parse_name(recipe.model.removeprefix(OPEN_CLIP), weights=False)
+    return place.removeprefix(LOCAL) if place.startswith(LOCAL) else ""
 
 
 def _how_to_use(out: Path, to: str, model: TwoTower) -> str:

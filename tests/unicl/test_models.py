@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
 from tests.unicl.towers.test_release import released_weights, theirs, write
-from unicl import models
+from unicl import exporting, models
 from unicl.config import Recipe, recipe_to_toml
 from unicl.errors import UsageError
 from unicl.exporting import export
@@ -88,6 +89,28 @@ def test_a_loaded_model_is_not_built_again_for_its_recipe(folder, monkeypatch):
     recipe = recipe_of("open_clip:theirs", loaded)
     sizes = (recipe.embed_dim, recipe.image_tower.image_size, recipe.text_tower.context_length)
     assert sizes == (24, 32, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("ViT-B-32", ""), ("ViT-B-32/openai", ""), ("theirs", "{}"), ("local-dir:theirs", "{}")],
+)
+def test_an_architecture_is_no_folder_of_its_name(name, found, folder, tmp_path):
+    (tmp_path / "ViT-B-32" / "openai").mkdir(parents=True)
+    recipe = Recipe(model=lasting_name(f"open_clip:{name}"))
+    assert exporting._folder_of_open_clip(recipe) == found.format(folder)
+
+
+def test_an_export_names_no_file_of_this_machine(folder, tmp_path):
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-exported.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-exported.json")
+    weights = open_clip.create_model("tiny-exported").state_dict()
+    torch.save(weights, "weights.pt")
+    export("open_clip:tiny-exported/weights.pt", tmp_path / "ours", to="safetensors")
+    assert str(tmp_path) not in (tmp_path / "ours" / "recipe.toml").read_text()
+    scale = load(tmp_path / "ours").model.logit_scale
+    torch.testing.assert_close(scale[0], weights["logit_scale"])
 
 
 def test_weights_are_no_folder_of_open_clip(tmp_path):
