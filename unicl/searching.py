@@ -31,6 +31,7 @@ from unicl.models import choose_device, lasting_name, load
 from unicl.predictor import Predictor, naming, read_image
 from unicl.search.change import chosen_kind
 from unicl.search.collection import Collection, require_empty
+from unicl.search.folder import DamagedIndexError
 from unicl.search.gallery import Answer, write_gallery
 from unicl.search.index import Found, SearchIndex, require_setting
 from unicl.search.items import Block, Item
@@ -121,12 +122,13 @@ def build_index(
     """Build an index of one collection or several of one model.
 
     The recall of an approximate one is held to for the items' texts, too, if the model is there.
-    A damaged index that is there is replaced.
+    A damaged index that is there is replaced, a sound one never.
 
     Raises:
         UsageError: a folder holds no embeddings, they are of several models, a setting is
             impossible, or there is an index already.
-        UniclError: embeddings are damaged, or the index cannot be written.
+        UniclError: embeddings are damaged, or the index cannot be written, or that which is there
+            cannot be read now.
     """
     require_setting(kind, recall)
     _require_no_index(folder)
@@ -156,11 +158,11 @@ def build_index(
 def _require_no_index(folder: Path) -> None:
     try:
         there = SearchIndex.open(folder)
-    except UniclError:  # none, or one that says itself that it has to be built again
+    except (UsageError, DamagedIndexError):  # none, or one that says that it has to be built again
         return
     raise UsageError(
-        f"{folder} holds an index of {there.num_items:,} items already; --add adds to it, "
-        "or choose another --out"
+        f"{folder} holds an index of {there.num_items:,} items already; add to it by --add, "
+        "choose another --out, or remove it and build it anew"
     )
 
 
@@ -330,7 +332,10 @@ def show(searched: Searched) -> None:
 
 
 def _common_folder(places: Sequence[str]) -> Path | None:
-    """Return the folder that paths are shown relative to: this one, if all of them lie in it."""
+    """Return the deepest folder that holds all paths, or the working directory if it does, too.
+
+    None if one of them is not absolute.
+    """
     if not places or not all(Path(place).is_absolute() for place in places):
         return None
     folder = Path(os.path.commonpath([os.path.dirname(place) for place in places]))

@@ -1,5 +1,6 @@
 """What embed, index and search do around the index itself, with a toy for a model."""
 
+import errno
 import json
 import logging
 import os
@@ -143,13 +144,26 @@ def test_a_query_image_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         search("index", images=["half.png"], device="cpu")
 
 
-def test_an_index_is_not_replaced_unless_it_is_damaged() -> None:
+def test_an_index_is_not_replaced_unless_it_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = collection("embeddings", ["a cat"] * 5)
     build_index(Path("index"), [folder])
-    with pytest.raises(UsageError, match="index holds an index of 5 items already; --add adds"):
+    with pytest.raises(UsageError, match=r"index holds .* 5 items already; .* remove it and build"):
         build_index(Path("index"), [folder])
+    before = sorted(Path("index").rglob("*"))
+    read = Path.open
+
+    def stale(path: Path, mode: str = "r", *rest: object) -> object:
+        if path.name == "index.faiss":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, mode, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", stale)
+        with pytest.raises(UniclError, match=r"cannot read .*index.faiss: Stale file handle$"):
+            build_index(Path("index"), [folder])
+    assert sorted(Path("index").rglob("*")) == before
     next(Path("index").glob("data-*/items.jsonl")).unlink()
-    with pytest.raises(UniclError, match="build the index again"):
+    with pytest.raises(UniclError, match="is missing; build the index again"):
         search("index", texts=["a cat"])
     assert build_index(Path("index"), [folder]).num_items == 5
     before = sorted(folder.iterdir())

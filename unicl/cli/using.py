@@ -19,7 +19,7 @@ _MODEL = (
     "open_clip:NAME[/WEIGHTS], or a .pth"
 )
 _SET = "a known set's name, a folder of class folders, of prepared shards or of WebDataset tars"
-# Torch is imported where the first two are decided; a test holds them equal.
+# Torch is imported where these are decided; a test holds them equal.
 _TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval", "fine-tune")
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -262,7 +262,7 @@ def _index(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     if arguments.add and given:
         raise UsageError(
             f"--{next(iter(given))} is for a new index, --add keeps the index's own; leave it out, "
-            "or build the index again"
+            f"or remove {arguments.out} and build it anew"
         )
     from unicl.search.collection import Collection
     from unicl.search.folder import read_description

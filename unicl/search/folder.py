@@ -29,6 +29,10 @@ _DATA = re.compile(r"data-(\d+)")
 _VERSION = 1
 
 
+class DamagedIndexError(UniclError):
+    """An index that nothing can be found in any more: it has to be built again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What was measured on an index after its last change."""
@@ -100,13 +104,14 @@ def read_description(folder: Path) -> Description:
 
     Raises:
         UsageError: The folder holds no index.
-        UniclError: It is damaged, or of another version.
+        DamagedIndexError: It is damaged, or of another version.
+        UniclError: It cannot be read now.
     """
     path = folder / DESCRIPTION_FILE
     try:
         entries = json.loads(path.read_bytes())
         if entries.pop("version") != _VERSION:
-            raise UniclError(f"{path} is of another version of unicl; build the index again")
+            raise DamagedIndexError(f"{path} is of another version of unicl; build the index again")
         description = Description(**{**entries, "facts": Facts(**entries["facts"])})
         numbers = (description.dim, description.num_items, *description.sizes.values())
         if (
@@ -123,26 +128,30 @@ def read_description(folder: Path) -> Description:
     except OSError as error:
         raise UniclError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UniclError(f"{path} is damaged; build the index again") from error
+        raise DamagedIndexError(f"{path} is damaged; build the index again") from error
     return description
 
 
 def require_files(folder: Path, description: Description) -> None:
-    """See that the files that `index.json` names are whole.
+    """See that the files that `index.json` names can be read and are whole.
 
     Raises:
-        UniclError: One is missing, or has another size.
+        DamagedIndexError: One is missing, or has another size.
+        UniclError: One cannot be read now.
     """
     for name, size in description.sizes.items():
         path = folder / description.data / name
         try:
-            found = path.stat().st_size
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DamagedIndexError(f"{path} is missing; build the index again") from error
         except OSError as error:
-            raise UniclError(
-                f"cannot read {path}: {error.strerror}; build the index again"
-            ) from error
+            raise UniclError(f"cannot read {path}: {error.strerror}") from error
         if found != size:
-            raise UniclError(f"{path} has {found:,} bytes, not {size:,}; build the index again")
+            raise DamagedIndexError(
+                f"{path} has {found:,} bytes, not {size:,}; build the index again"
+            )
 
 
 class Draft:

@@ -88,7 +88,7 @@ class SearchIndex:
 
         Raises:
             UsageError: The folder holds no index.
-            UniclError: The index is damaged.
+            UniclError: The index is damaged, or cannot be read now.
         """
         return cls(Path(folder))
 

@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from unicl.data.atomic import write_error
-from unicl.errors import UniclError
-from unicl.search.folder import Output
+from unicl.search.folder import DamagedIndexError, Output
 
 LINES_FILE = "items.jsonl"
 ENDS_FILE = "items.npy"
@@ -48,7 +47,7 @@ class Items:
 
         Raises:
             FileNotFoundError: They are not there.
-            UniclError: They are damaged.
+            DamagedIndexError: They are damaged.
         """
         try:
             ends = np.load(folder / ENDS_FILE, mmap_mode="r", allow_pickle=False)
@@ -57,7 +56,9 @@ class Items:
             if ends.dtype != np.int64 or ends.ndim != 1 or ends[-1] != len(lines):
                 raise ValueError("the two files do not belong together")
         except (ValueError, EOFError, IndexError) as error:
-            raise UniclError(f"the items in {folder} are damaged; build the index again") from error
+            raise DamagedIndexError(
+                f"the items in {folder} are damaged; build the index again"
+            ) from error
         return cls(lines, ends)
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class Items:
         try:
             return Item(*json.loads(self._lines[start : int(self._ends[row])]))
         except (ValueError, TypeError) as error:
-            raise UniclError(f"item {row} is damaged; build the index again") from error
+            raise DamagedIndexError(f"item {row} is damaged; build the index again") from error
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

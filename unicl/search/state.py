@@ -11,7 +11,13 @@ from jaxtyping import Float32, Int64
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.retrieval import load_faiss
 from unicl.search.approximate import on_gpus, search_lists
-from unicl.search.folder import FAISS_FILE, Description, read_description, require_files
+from unicl.search.folder import (
+    FAISS_FILE,
+    DamagedIndexError,
+    Description,
+    read_description,
+    require_files,
+)
 from unicl.search.items import Block, Items
 from unicl.search.vectors import ROWS_AT_ONCE
 
@@ -29,7 +35,8 @@ class State:
         description: What its `index.json` says.
 
     Raises:
-        UniclError: The index is damaged.
+        DamagedIndexError: The index is damaged.
+        UniclError: It cannot be read now.
     """
 
     def __init__(self, folder: Path, description: Description) -> None:
@@ -41,11 +48,13 @@ class State:
         try:
             self.items = Items.open(self.data)
             self.index = faiss.read_index(str(self.data / FAISS_FILE), faiss.IO_FLAG_MMAP_IFC)
-        except (OSError, RuntimeError) as error:  # RuntimeError is FAISS's own
-            raise UniclError(f"{self.data} is damaged; build the index again") from error
+        except OSError as error:
+            raise UniclError(f"cannot read {self.data}: {error.strerror or error}") from error
+        except RuntimeError as error:  # FAISS's own
+            raise DamagedIndexError(f"{self.data} is damaged; build the index again") from error
         shape = (description.num_items, description.num_items, description.dim)
         if (self.index.ntotal, len(self.items), self.index.d) != shape:
-            raise UniclError(
+            raise DamagedIndexError(
                 f"{self.data} holds {self.index.ntotal:,} embeddings of width {self.index.d} and "
                 f"{len(self.items):,} items, index.json says {shape[0]:,} of width {shape[2]}; "
                 "build the index again"
@@ -59,7 +68,7 @@ class State:
 
         Raises:
             UsageError: The folder holds no index.
-            UniclError: The index is damaged.
+            UniclError: The index is damaged, or cannot be read now.
         """
         while True:
             description = read_description(folder)
