@@ -316,7 +316,8 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
         path: the run's folder, or one checkpoint inside of it.
 
     Raises:
-        UniclError: there is no such run or checkpoint, or it is damaged.
+        UsageError: there is no such run or checkpoint.
+        UniclError: the run has no checkpoint yet, or what there is is damaged.
     """
     path = Path(path)
     recipe = read_recipe(_run_of(path))
@@ -337,7 +338,10 @@ def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
                 f"weights names no run, checkpoint, .safetensors or UniCL's .pth file: {path}"
             )
         if full_name(path).startswith(OPEN_CLIP):
-            raise UsageError(f"{path} is a whole model of open_clip; take it by model, not weights")
+            raise UsageError(
+                f"{path} is a whole model of open_clip; set model to {OPEN_CLIP}{path}, "
+                "and no weights"
+            )
         path = _weights_of(path)
     return path, read_safetensors(path, key="weights")
 
@@ -362,7 +366,8 @@ def _weights_of(path: Path) -> Path:
     elif path.is_dir():
         verify_checkpoint(path, only=name)
     else:
-        raise UsageError(f"there is no checkpoint {path}")
+        found = ", ".join(checkpoint.name for checkpoint in checkpoints(path.parent))
+        raise UsageError(f"there is no checkpoint {path}; there is {found or 'none yet'}")
     return path / name
 
 
@@ -387,16 +392,23 @@ def _best_checkpoint(run: Path, file: str) -> Path:
 
 
 def read_recipe(run: Path) -> Recipe:
-    """Read the full configuration that a run's folder holds."""
+    """Read the full configuration that a run's folder holds.
+
+    Raises:
+        UsageError: the folder is no run's, or its recipe says what none can.
+        UniclError: it cannot be read.
+    """
     path = run / "recipe.toml"
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         inside = sorted(run.glob("*/recipe.toml"))
-        hint = f"; perhaps you mean {inside[0].parent}" if inside else ""
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        raise (UsageError if missing else UniclError)(
-            f"{run} is not a run: cannot read {path}: {error.strerror}{hint}"
+        others = f"name a run, a folder that export wrote, or {OPEN_CLIP}NAME"
+        hint = f"perhaps you mean {inside[0].parent}" if inside else others
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UniclError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(
+            f"{run} is not a run: cannot read {path}: {error.strerror}; {hint}"
         ) from error
     except UnicodeDecodeError as error:
         raise UniclError(f"{path} is damaged: it is not UTF-8 text") from error

@@ -14,6 +14,7 @@ from unicl.evaluation.embeddings import autocast_of
 # What `eval`, `embed`, `index`, `search` and `export` refuse before they import torch.
 WITHOUT_TORCH = [
     (["eval", "nowhere", "zero-shot", "digits"], "there is no model nowhere: no such file"),
+    (["eval", "ViT-B-32/openai", "zero-shot", "digits"], "are named open_clip:NAME[/WEIGHTS]"),
     (["eval", ".", "zeroshot", "digits"], "invalid choice: 'zeroshot'"),
     (["eval", ".", "zero-shot", "./nowhere"], "there is no set ./nowhere: no such file"),
     (["eval", ".", "few-shot", "digits", "--shots", "5,x"], "positive whole number, got 'x'"),
@@ -22,6 +23,7 @@ WITHOUT_TORCH = [
     (["embed", ".", "digits", "--out", "x", "--precision", "int8"], "invalid choice: 'int8'"),
     (["embed", "nowhere", "digits", "--out", "x"], "there is no model nowhere: no such file"),
     (["index", ".", "--out", "x", "--kind", "fast"], "invalid choice: 'fast'"),
+    (["index", ".", "--out", "x", "--add", "--kind", "exact"], "or remove x and build it anew"),
     (["index", "nowhere", "--out", "x"], "nowhere holds no embeddings; `unicl embed"),
     (["search", "nowhere", "cat"], "nowhere holds no index"),
     (["search", ".", "cat", "--k", "0"], "positive whole number, got '0'"),

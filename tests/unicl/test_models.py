@@ -115,17 +115,25 @@ def test_an_export_names_no_file_of_this_machine(folder, tmp_path):
 
 def test_weights_are_no_folder_of_open_clip(tmp_path):
     (tmp_path / "open_clip_config.json").touch()
-    with pytest.raises(UsageError, match="a whole model of open_clip; take it by model, not"):
+    with pytest.raises(UsageError, match=f"; set model to open_clip:{tmp_path}, and no weights"):
         build_model(Recipe(weights=str(tmp_path)))
+    with pytest.raises(UsageError, match=f"or open_clip:FOLDER, got {tmp_path}; a run or a file"):
+        Recipe(model=str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "there is no model nowhere"),
-        ("photos", "photos is not a run: cannot read photos/recipe.toml"),
+        ("nowhere", "there is no model nowhere: no such file or folder; other models are named"),
+        ("ViT-B-32/openai", "there is no model ViT-B-32/openai: .* named open_clip:NAME"),
+        ("laion/CLIP-ViT-B", "there is no model laion/CLIP-ViT-B: .* open_clip:hf-hub:ORG/NAME$"),
+        ("./nowhere", "there is no model ./nowhere: no such file or folder$"),
+        ("/nowhere/run", "there is no model /nowhere/run: no such file or folder$"),
+        ("~/nowhere", "there is no model ~/nowhere: no such file or folder$"),
+        ("photos", "photos is not a run: cannot read photos/recipe.toml: .*; name a run, a folder"),
         ("a.txt", "a.txt is not a run"),
-        ("run/checkpoints/step-9", "there is no model run/checkpoints/step-9"),
+        ("run/checkpoints/step-9", "there is no model run/checkpoints/step-9: .* folder$"),
+        ("run/checkpoints/notes.txt", "no checkpoint run/checkpoints/notes.txt; there is none yet"),
         ("open_clip:ViT-B-33", "ViT-B-32"),
         ("open_clip:photos", "there is no photos/open_clip_config.json"),
         ("nowhere.pth", "there is no model nowhere.pth"),
@@ -137,5 +145,7 @@ def test_what_is_no_model_is_said(name, message, tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     (tmp_path / "a.txt").touch()
     (tmp_path / "run" / "recipe.toml").write_text(recipe_to_toml(Recipe()))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "notes.txt").touch()
     with pytest.raises(UsageError, match=message):
         load(name)

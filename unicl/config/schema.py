@@ -351,12 +351,12 @@ class Recipe:
     """Width of the space both towers project into."""
     model: str | None = None
     """A whole model of open_clip to train instead of towers that are built here, and the weights to
-    start from: `open_clip:NAME[/WEIGHTS]`. Its sizes are its own; of the towers' settings only
-    `locked` and `checkpointing` apply."""
+    start from: `open_clip:NAME[/WEIGHTS]`, or `open_clip:FOLDER` in its format. Its sizes are its
+    own; of the towers' settings only `locked` and `checkpointing` apply."""
     weights: str | None = None
-    """A run, one of its checkpoints, an exported folder, a safetensors file of a whole model, or a
-    .pth file of UniCL's release to start from: both
-    towers and the scale, carried to this recipe's image size, window and context length."""
+    """A run, one of its checkpoints, a folder that export wrote as safetensors, a safetensors file
+    of a whole model, or a .pth file of UniCL's release to start from: both towers and the scale,
+    carried to this recipe's image size, window and context length."""
     image_tower: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     """The image tower."""
     text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -381,7 +381,7 @@ class Recipe:
         if self.model is not None:
             _require(
                 self.model.startswith("open_clip:"),
-                f"model must be open_clip:NAME[/WEIGHTS], got {self.model}; "
+                f"model must be open_clip:NAME[/WEIGHTS] or open_clip:FOLDER, got {self.model}; "
                 "a run or a file to start from is `weights`",
             )
             for tower in ("image_tower", "text_tower"):
