@@ -17,7 +17,8 @@ class Pretrained:
     """Two towers with their own way of reading images and texts."""
 
     name: str
-    """What a person calls it: a run's folder, `open_clip:NAME/weights`."""
+    """What a person calls it: the path of a run or of a folder in open_clip's format,
+    `open_clip:NAME/weights`."""
     model: TwoTower
     """The towers, in eval mode."""
     tokenize: Callable[[Sequence[str]], Tensor]
