@@ -17,7 +17,7 @@ from unicl.export.onnx import export_onnx
 from unicl.export.open_clip import export_open_clip, has_coswin
 from unicl.export.safetensors import export_safetensors
 from unicl.models import OPEN_CLIP, load, recipe_of
-from unicl.towers.open_clip import LOCAL, parse_name
+from unicl.towers.open_clip import LOCAL, OpenClipTokenizer, parse_name
 from unicl.towers.two_tower import TwoTower
 
 logger = logging.getLogger("unicl")
@@ -72,9 +72,16 @@ def export(
     if to == "open_clip":
         export_open_clip(loaded.model, out, image_size=size, card=card)
     elif to == "onnx":
-        crop = getattr(loaded.transform, "crop", 1.0)
-        length = loaded.context_length
-        export_onnx(loaded.model, out, image_size=size, context_length=length, crop=crop, card=card)
+        own = loaded.tokenize
+        export_onnx(
+            loaded.model,
+            out,
+            image_size=size,
+            context_length=loaded.context_length,
+            crop=getattr(loaded.transform, "crop", 1.0),
+            tokenizer=own.name if isinstance(own, OpenClipTokenizer) else None,
+            card=card,
+        )
     else:
         # What the weights were started from and averaged of is behind them.
         final = replace(

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unicl.errors import UniclError, UsageError
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
-from unicl.towers.open_clip import OpenClipImageTower, OpenClipTextTower
+from unicl.towers.open_clip import LOCAL, OpenClipImageTower
 from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower
 
@@ -25,16 +25,15 @@ _TEXTS = ("a photo of a cat", "two dogs", "!")
 _USAGE = """
 import numpy as np
 import onnxruntime
-from open_clip import {tokenizer}
+from open_clip import {maker}
 from PIL import Image, ImageOps
 
 image_tower = onnxruntime.InferenceSession("image.onnx")
 text_tower = onnxruntime.InferenceSession("text.onnx")
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-{box}
-image = image.resize(({size}, {size}), Image.Resampling.{interpolation}, box=box)
+{resize}
 pixels = np.asarray(image).transpose(2, 0, 1)[None]  # uint8 [batch, 3, {size}, {size}]
-tokens = {tokenize}(["a cat", "a dog"], context_length={context}).numpy()
+tokens = {tokenizer}(["a cat", "a dog"], context_length={context}).numpy()
 (images,) = image_tower.run(None, {{"pixels": pixels}})
 (texts,) = text_tower.run(None, {{"tokens": tokens}})
 logits = {scale:.6g} * images @ texts.T
@@ -43,11 +42,24 @@ _MIDDLE = """
 side = {crop:g} * min(image.size)
 left, top = (image.width - side) / 2, (image.height - side) / 2
 box = (left, top, left + side, top + side)
+image = image.resize(({size}, {size}), Image.Resampling.BICUBIC, box=box)
 """
-_WHOLE = """
-box = (0, 0, *image.size)
+_CUT = """
+short = min(image.size)
+shape = [int({size} * side / short) for side in image.size]
+left, top = (round((side - {size}) / 2) for side in shape)
+image = image.resize(shape, Image.Resampling.{interpolation})
+image = image.crop((left, top, left + {size}, top + {size}))
 """
-_NOTE = """`image.onnx` takes RGB bytes, cut and resized to {size} x {size} pixels, and normalises
+_SQUASHED = """
+image = image.resize(({size}, {size}), Image.Resampling.{interpolation})
+"""
+_PADDED = """
+whole = ImageOps.contain(image, ({size}, {size}), Image.Resampling.{interpolation})
+image = Image.new("RGB", ({size}, {size}), ({fill}, {fill}, {fill}))
+image.paste(whole, (({size} - whole.width) // 2, ({size} - whole.height) // 2))
+"""
+_NOTE = """`image.onnx` takes RGB bytes of {size} x {size} pixels, made as above, and normalises
 them itself. `text.onnx` takes int64 tokens of {context} positions, padded as the tokenizer pads
 them. Both take any batch size and give unit-length float32 embeddings."""
 
@@ -59,6 +71,7 @@ def export_onnx(
     image_size: int,
     context_length: int,
     crop: float = 1.0,
+    tokenizer: str | None = None,
     card: Card | None = None,
 ) -> Path:
     """Write `image.onnx`, `text.onnx` and a card, and compare what onnxruntime gives.
@@ -72,7 +85,8 @@ def export_onnx(
         image_size: Side of the images in pixels.
         context_length: Tokens of a text, padding included.
         crop: Side of the square that the card's code cuts from the middle of an image, as a share
-            of its shorter side.
+            of its shorter side; open_clip's image towers have ways of their own.
+        tokenizer: What `open_clip.get_tokenizer` takes for the model's own; unset takes CLIP's.
         card: What the model card says; unset takes the folder's name and nothing else.
 
     Raises:
@@ -92,29 +106,39 @@ def export_onnx(
         _export(_Tower(model, "image"), pixels, partial / "image.onnx", name="pixels")
         _export(_Tower(model, "text"), tokens, partial / "text.onnx", name="tokens")
         sizes = {"size": image_size, "context": context_length}
+        resize, (maker, made, *notes) = _resize(model, image_size, crop), _tokenizer(tokenizer)
+        words = {"resize": resize, "maker": maker, "tokenizer": made, **sizes}
         text = render(
             card,
             library="onnx",
-            usage=_USAGE.format(scale=model.scale().item(), **_reading(model, crop), **sizes),
-            notes=[_NOTE.format(**sizes)],
+            usage=_USAGE.format(scale=model.scale().item(), **words),
+            notes=[_NOTE.format(**sizes), *notes],
         )
         (partial / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def _reading(model: TwoTower, crop: float) -> dict[str, str]:
-    """What the card's code does to images and texts: open_clip's towers have ways of their own."""
-    tokenizer, tokenize = "SimpleTokenizer", "SimpleTokenizer()"
-    if isinstance(model.text, OpenClipTextTower):
-        tokenizer, tokenize = "get_tokenizer", f'get_tokenizer("{model.text.tokenizer}")'
-    theirs = model.image.preprocess if isinstance(model.image, OpenClipImageTower) else {}
-    box = _WHOLE if theirs.get("resize_mode") == "squash" else _MIDDLE.format(crop=crop)
-    return {
-        "tokenizer": tokenizer,
-        "tokenize": tokenize,
-        "box": box.strip(),
-        "interpolation": theirs.get("interpolation", "bicubic").upper(),
-    }
+def _resize(model: TwoTower, size: int, crop: float) -> str:
+    """What the card's code does to images: open_clip's towers have ways of their own."""
+    if not isinstance(model.image, OpenClipImageTower):
+        return _MIDDLE.strip().format(size=size, crop=crop)
+    theirs = model.image.preprocess
+    code = {"squash": _SQUASHED, "longest": _PADDED}.get(theirs.get("resize_mode", ""), _CUT)
+    interpolation = theirs.get("interpolation", "bicubic").upper()
+    fill = theirs.get("fill_color", 0)
+    return code.strip().format(size=size, interpolation=interpolation, fill=fill)
+
+
+def _tokenizer(name: str | None) -> tuple[str, ...]:
+    """What the card's code imports, what it calls with texts, and perhaps a note."""
+    if name is None:
+        return "SimpleTokenizer", "SimpleTokenizer()"
+    folder = name.removeprefix(LOCAL)
+    if folder == name:
+        return "get_tokenizer", f'get_tokenizer("{name}")'
+    own = Path(folder).resolve().name  # the rest of the path means nothing elsewhere
+    note = f"The tokenizer is that of the folder `{own}`, in open_clip's format: put it here, too."
+    return "get_tokenizer", f'get_tokenizer("{LOCAL}{own}")', note
 
 
 class _Tower(nn.Module):

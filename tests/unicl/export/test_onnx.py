@@ -2,21 +2,25 @@
 
 import json
 import re
+import shutil
 import sys
 
 import onnx
 import onnxruntime
+import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.unicl.export.towers import TEXTS, random_pixels, small_model
+from unicl import exporting
 from unicl.data.augment import EvalTransform
 from unicl.errors import UniclError, UsageError
 from unicl.export import onnx as export
 from unicl.export.card import Card
 from unicl.export.onnx import export_onnx
-from unicl.towers.open_clip import load_open_clip
+from unicl.models import load
 from unicl.towers.text import tokenize
 
 
@@ -70,24 +74,45 @@ def test_the_code_of_the_card_runs(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.from_numpy(made[name]), ours, rtol=0, atol=1e-4)
 
 
-def test_the_card_reads_as_open_clip_does(tmp_path, monkeypatch):
+PLAIN = {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
+SIGLIP = {**PLAIN, "no_causal_mask": True, "pool_type": "last"}
+
+
+@pytest.mark.parametrize(
+    ("text", "own_tokens", "preprocess"),
+    [
+        (SIGLIP, True, {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5] * 3}),
+        (PLAIN, True, {"resize_mode": "longest", "fill_color": 99}),
+        (SIGLIP, False, {"resize_mode": "shortest"}),
+    ],
+)
+def test_the_card_reads_as_open_clip_does(text, own_tokens, preprocess, tmp_path, monkeypatch):
     config = {
         "embed_dim": 24,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"width": 64, "heads": 2, "layers": 1, "context_length": 20}
-        | {"no_causal_mask": True, "pool_type": "last", "tokenizer_kwargs": {"clean": "lower"}},
+        "text_cfg": text | ({"tokenizer_kwargs": {"clean": "lower"}} if own_tokens else {}),
+        "custom_text": True,
     }
-    preprocess = {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0.5] * 3}
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     content = {"model_cfg": config, "preprocess_cfg": preprocess}
     (theirs / "open_clip_config.json").write_text(json.dumps(content))
-    own = load_open_clip(str(theirs), weights=False)
-    folder = export_onnx(own.model, tmp_path / "mine", image_size=32, context_length=20)
-    Image.fromarray(random_pixels(70, 1)[0, :, :50].permute(1, 2, 0).numpy()).save(
+    weights = open_clip.create_model(f"local-dir:{theirs}", load_weights=False).state_dict()
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()},
+        theirs / "open_clip_model.safetensors",
+    )
+    folder = exporting.export(theirs, tmp_path / "mine", to="onnx")
+    card = (folder / "README.md").read_text()
+    assert ('get_tokenizer("local-dir:theirs")' in card) == own_tokens
+    assert ("the folder `theirs`, in open_clip's format" in card) == own_tokens
+    assert str(tmp_path) not in card
+    shutil.copytree(theirs, folder / "theirs")
+    Image.fromarray(random_pixels(70, 1)[0, :, :51].permute(1, 2, 0).numpy()).save(
         folder / "photo.jpg"
     )
     made = run_code_of(folder, monkeypatch)
+    own = load(theirs)
     with torch.no_grad():
         images = own.model.encode_image(own.transform(Image.open("photo.jpg"), 0)[None])
         texts = own.model.encode_text(own.tokenize(["a cat", "a dog"]))

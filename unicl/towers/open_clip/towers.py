@@ -9,7 +9,6 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from unicl.errors import UsageError
-from unicl.towers.open_clip.names import has_scheme
 from unicl.towers.text import Activation, TextTower, from_open_clip
 
 if TYPE_CHECKING:
@@ -126,12 +125,6 @@ class OpenClipTextTower(nn.Module):
         super().__init__()
         self.text: Any = text
         self.name = name
-
-    @property
-    def tokenizer(self) -> str:
-        """What `open_clip.get_tokenizer` takes for the tower's tokenizer."""
-        name = self.name.removeprefix("open_clip:")
-        return name if has_scheme(name) else name.partition("/")[0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass, or keep them."""
