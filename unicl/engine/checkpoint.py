@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unicl.data.tensors import write_tensors
 from unicl.distributed import ALONE, Ranks
 from unicl.engine.backend import Backend
 from unicl.engine.optimizer import AVERAGE
@@ -67,11 +68,11 @@ def save_checkpoint(folder: Path, step: int, backend: Backend, state: Mapping[st
 
     def write() -> list[str]:
         shard = f"optimizer-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors"
-        save_file(moments, unfinished / shard)
+        write_tensors(unfinished / shard, moments)
         written = [unfinished / shard]
         if ranks.first:
             for name, tensors in weights.items():
-                save_file(tensors, unfinished / name)
+                write_tensors(unfinished / name, tensors)
             written += [unfinished / name for name in (*weights, "state.json")]
             (unfinished / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         for path in written:

@@ -7,11 +7,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import cosswin
+from unicl.data.tensors import write_tensors
 from unicl.errors import UniclError, UsageError
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
@@ -45,7 +45,8 @@ _COSSWIN = """The image tower is a CoSwin, which open_clip does not bring along:
 of the package `unicl`, registers it with timm."""
 _CROP = """open_clip's preprocessing takes the whole middle square of an image. Where these weights
 were evaluated with a margin cut away, figures differ a little; embeddings of equal pixels do
-not."""
+not. It also takes pixels as they are stored: a photo whose EXIF tag rotates it, or one of 16 bits
+per colour, has to be turned or brought to 8 bits before."""
 
 
 def export_open_clip(
@@ -82,7 +83,7 @@ def export_open_clip(
         named = partial / f"{folder.name}.json"
         named.write_text(json.dumps(config, indent=2), encoding="utf-8")
         _check_shapes(config, weights)
-        save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
+        write_tensors(partial / _WEIGHTS, weights, metadata={"format": "pt"})
         _compare(model, partial, image_size=image_size)
         text = _card_text(card, model, folder.name, preprocess)
         (partial / "README.md").write_text(text, encoding="utf-8")

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from unicl.data.tensors import write_tensors
 from unicl.errors import UniclError
 from unicl.export.card import Card, render
 from unicl.export.folder import new_folder
@@ -40,7 +41,7 @@ def export_safetensors(
     card = card or Card(name=folder.name)
     with new_folder(folder) as partial:
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
+        write_tensors(partial / _WEIGHTS, weights, metadata={"format": "pt"})
         _compare(weights, partial / _WEIGHTS)
         (partial / "recipe.toml").write_text(recipe, encoding="utf-8")
         text = render(card, library="unicl", usage=_USAGE.format(folder=folder.name))

@@ -204,11 +204,11 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path):
 def test_a_full_disk_leaves_the_older_checkpoints_whole(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(tensors, path):
+    def full(path, tensors):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UniclError, match=r"step-00000002: No space left on device; .*repeat"):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

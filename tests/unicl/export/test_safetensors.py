@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.unicl.export.towers import random_pixels, small_model
+from unicl.data.tensors import write_tensors
 from unicl.errors import UniclError, UsageError
 from unicl.export import safetensors as export
 from unicl.export.card import Card, render
@@ -97,18 +98,18 @@ def test_the_present_folder_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["a bit", "a name"])
 def test_what_comes_back_is_compared(tmp_path, monkeypatch, damage):
-    def save_otherwise(weights, path, **options):
+    def save_otherwise(path, weights, **options):
         weights = {name: weight.clone() for name, weight in weights.items()}
         if damage == "a bit":
             weights["logit_scale"].view(torch.int32).bitwise_xor_(1)
         else:
             del weights["logit_scale"]
-        save_file(weights, path, **options)
+        write_tensors(path, weights, **options)
 
     model = small_model()
     model.text.projection.weight.data[0, 0] = torch.nan  # equals itself here
     export_safetensors(model, tmp_path / "mine", recipe="")
-    monkeypatch.setattr(export, "save_file", save_otherwise)
+    monkeypatch.setattr(export, "write_tensors", save_otherwise)
     with pytest.raises(UniclError, match="logit_scale comes back otherwise than it was"):
         export_safetensors(model, tmp_path / "other", recipe="")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
