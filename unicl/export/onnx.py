@@ -61,7 +61,8 @@ image.paste(whole, (({size} - whole.width) // 2, ({size} - whole.height) // 2))
 """
 _NOTE = """`image.onnx` takes RGB bytes of {size} x {size} pixels, made as above, and normalises
 them itself. `text.onnx` takes int64 tokens of {context} positions, padded as the tokenizer pads
-them. Both take any batch size and give unit-length float32 embeddings."""
+them. Both take any batch size and give unit-length float32 embeddings. Bring images of 16 bits per
+colour to 8 bits before."""
 
 
 def export_onnx(
