@@ -13,6 +13,9 @@ from unicl.evaluation.embeddings import autocast_of
 
 # What `eval`, `embed`, `index`, `search` and `export` refuse before they import torch.
 WITHOUT_TORCH = [
+    (["eval", ".", "zero-shot", "x", "--probe", "y"], "--probe is an option of linear-probe only"),
+    (["eval", ".", "retrieval", "x", "--shots", "5"], "--shots is an option of few-shot only"),
+    (["eval", ".", "zero-shot", "x", "--csv", "nowhere/x.csv"], "there is no folder nowhere"),
     (["eval", "nowhere", "zero-shot", "digits"], "there is no model nowhere: no such file"),
     (["eval", "ViT-B-32/openai", "zero-shot", "digits"], "are named open_clip:NAME[/WEIGHTS]"),
     (["eval", ".", "zeroshot", "digits"], "invalid choice: 'zeroshot'"),

@@ -22,6 +22,12 @@ _SET = "a known set's name, a folder of class folders, of prepared shards or of 
 # Torch is imported where these are decided; a test holds them equal.
 _TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval", "fine-tune")
 _PRECISIONS = ("fp32", "bf16", "fp16")
+_OPTIONS_OF_TASKS = {
+    "templates": ("zero-shot", "fine-tune"),
+    "probe": ("linear-probe",),
+    "shots": ("few-shot",),
+    "episodes": ("few-shot",),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -65,12 +71,11 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--shots",
         type=lambda text: tuple(_count(word) for word in text.split(",")),
-        default=(5, 20, 50),
         metavar="N,N",
         help="few-shot: images per class (default: 5,20,50)",
     )
     command.add_argument(
-        "--episodes", type=_count, default=600, metavar="N", help="few-shot: how many"
+        "--episodes", type=_count, metavar="N", help="few-shot: how many (default: 600)"
     )
     command.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the results as a table, too"
@@ -211,6 +216,11 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    for option, tasks in _OPTIONS_OF_TASKS.items():
+        if getattr(arguments, option) is not None and arguments.task not in tasks:
+            raise UsageError(f"--{option} is an option of {' and '.join(tasks)} only")
+    if arguments.csv is not None and not arguments.csv.parent.is_dir():
+        raise UsageError(f"cannot write {arguments.csv}: there is no folder {arguments.csv.parent}")
     from unicl.evaluator import evaluate, show
 
     options = _options(arguments)
@@ -232,6 +242,10 @@ def _options(arguments: argparse.Namespace) -> Any:
     from unicl.evaluator import Options, default_cache
 
     cache = None if arguments.cache == "none" else arguments.cache
+    few_shot = {
+        "shots": getattr(arguments, "shots", None),
+        "num_episodes": getattr(arguments, "episodes", None),
+    }
     return Options(
         root=arguments.root,
         download=arguments.download,
@@ -244,8 +258,7 @@ def _options(arguments: argparse.Namespace) -> Any:
         num_workers=arguments.workers,
         templates=getattr(arguments, "templates", None),
         probe=getattr(arguments, "probe", None),
-        shots=getattr(arguments, "shots", (5,)),
-        num_episodes=getattr(arguments, "episodes", 600),
+        **{name: value for name, value in few_shot.items() if value is not None},
     )
 
 
