@@ -141,9 +141,12 @@ class _Tally:
         example = self._example[shard]
         reasons = ", ".join(f"{reason}: {n}" for reason, n in self._reasons.most_common())
         sample = f"sample {example.key!r}" if example.key else f"sample number {example.index}"
+        where = f"such as {sample}"
+        if example.key != shard:  # an image that is a file of its own is its own shard
+            where = f"{in_shard} of them in {shard}, {where}"
         return (
-            f"{num_skipped} of {self._num_read} samples were skipped ({reasons}), most of them "
-            f"({in_shard}) in {shard}, such as {sample} ({example.reason})"
+            f"{num_skipped} of {self._num_read} samples were skipped ({reasons}), {where} "
+            f"({example.reason})"
         )
 
 

@@ -32,7 +32,9 @@ def test_episodes_hold_different_images_of_different_classes() -> None:
 
 def test_too_few_images() -> None:
     targets = np.repeat(np.arange(6), [20, 20, 20, 20, 19, 3])
-    with pytest.raises(UsageError, match=r"5 classes of at least 20 images .*4 of 6 have so many"):
+    with pytest.raises(
+        UsageError, match=r"5 classes of at least 20 images each .* 6 classes 4 have so many"
+    ):
         draw_episodes(targets, shot=5)
 
 
