@@ -120,11 +120,29 @@ def _folders(folder: Path) -> list[Path]:
 
 def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
     path = folder / "classnames.txt"
+    given = read_class_names(path)
+    if given is None:
+        return tuple(class_name(name) for name in names)
+    if len(given) != len(names):
+        raise UsageError(f"{path} has {len(given)} names for {len(names)} folders of classes")
+    return given
+
+
+def read_class_names(path: Path) -> tuple[str, ...] | None:
+    """Read names of classes, one a line; None if there is no such file.
+
+    Raises:
+        UsageError: A line without a name stands before one with a name.
+    """
     lines = read_lines(path)
     if lines is None:
-        return tuple(class_name(name) for name in names)
-    if len(lines) != len(names):
-        raise UsageError(f"{path} has {len(lines)} names for {len(names)} folders of classes")
+        return None
+    while lines and not lines[-1]:
+        lines.pop()
+    if "" in lines:  # left out, it would give every later class the name of the one before
+        raise UsageError(
+            f"{path} has no name in line {lines.index('') + 1}; write one, or remove it"
+        )
     return tuple(lines)
 
 

@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from unicl.data.image_sets.class_folder import read_lines, read_templates
+from unicl.data.image_sets.class_folder import (
+    read_class_names,
+    read_lines,
+    read_templates,
+)
 from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, Metric, choose_split
 from unicl.data.image_sets.images import TarImages
 from unicl.data.shard_index import (
@@ -57,16 +61,21 @@ def open_webdataset(folder: Path, *, split: str) -> ClassificationSet | CaptionS
     }
     if kind == "retrieval":
         return CaptionSet(**shared, captions=tuple(_captions(label) for label in scanned.labels))
-    names = read_lines(folder / "classnames.txt")
+    names = read_class_names(folder / "classnames.txt")
     if not names:
         raise UsageError(f"{folder} lacks classnames.txt with a class name per line")
     try:
-        targets, metric = _targets(scanned.labels, kind, len(names))
+        labels = [_decode(label, kind) for label in scanned.labels]
     except ValueError as error:
-        raise UniclError(f"{folder / split} is not of {len(names)} classes: {error}") from error
+        raise UniclError(f"{folder / split} has a label that is no {kind} one: {error}") from error
+    unfit = _unfit(labels, kind, len(names))
+    if unfit:
+        file = folder / "classnames.txt"
+        raise UsageError(f"{file} names {len(names)} classes, but a label is {unfit}")
+    targets, metric = _targets(labels, kind, len(names))
     return ClassificationSet(
         **shared,
-        class_names=tuple(names),
+        class_names=names,
         templates=read_templates(folder / "zeroshot_classification_templates.txt"),
         targets=targets,
         metric=metric,
@@ -162,15 +171,21 @@ def _captions(text: bytes) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
-def _targets(labels: list[bytes], kind: str, num_classes: int) -> tuple[np.ndarray, Metric]:
+def _decode(label: bytes, kind: str) -> np.ndarray:
     if kind == "classification":
-        numbers = np.array([int(label) for label in labels], np.int64)
-        wrong = numbers[(numbers < 0) | (numbers >= num_classes)]
-        if len(wrong):
-            raise ValueError(f"a label is {wrong[0]}")
-        return numbers, "top1"
-    rows = [np.load(BytesIO(label), allow_pickle=False) for label in labels]
-    wrong_shape = next((row.shape for row in rows if row.shape != (num_classes,)), None)
-    if wrong_shape is not None:
-        raise ValueError(f"a label is of shape {wrong_shape}")
-    return np.array(rows).reshape(-1, num_classes) > 0, "map"
+        return np.array(int(label), np.int64)
+    return np.load(BytesIO(label), allow_pickle=False)
+
+
+def _unfit(labels: list[np.ndarray], kind: str, num_classes: int) -> str | None:
+    """Describe the first label that is not of so many classes."""
+    if kind == "classification":
+        return next((str(label) for label in labels if not 0 <= label < num_classes), None)
+    shapes = (label.shape for label in labels)
+    return next((f"of shape {shape}" for shape in shapes if shape != (num_classes,)), None)
+
+
+def _targets(labels: list[np.ndarray], kind: str, num_classes: int) -> tuple[np.ndarray, Metric]:
+    if kind == "classification":
+        return np.array(labels, np.int64), "top1"
+    return np.array(labels).reshape(-1, num_classes) > 0, "map"

@@ -83,7 +83,10 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_names_and_templates_beside(tmp_path):
     for name in ("n01", "n02"):
         picture(tmp_path / "test" / name / "1.png")
-    (tmp_path / "classnames.txt").write_text("crane\ncrane\n")
+    (tmp_path / "classnames.txt").write_text("crane\n\ncrane\n")
+    with pytest.raises(UsageError, match=r"classnames\.txt has no name in line 2"):
+        opened(tmp_path)
+    (tmp_path / "classnames.txt").write_text("crane\ncrane\n\n \n")
     (tmp_path / "templates.txt").write_text("a drawing of a {c}.\n\nthe {}\n")
     found = opened(tmp_path)
     assert found.class_names == ("crane", "crane"), "names may be equal, numbers are not"

@@ -89,7 +89,22 @@ def test_several_classes_as_clip_benchmark_reads_them(tmp_path, theirs):
     opened = open_image_set(str(tmp_path), root=tmp_path)
     assert np.array_equal(opened.targets, np.array(labels) > 0)
     assert opened.metric == "map"
+    lines(tmp_path / "classnames.txt", NAMES[:3])
+    with pytest.raises(UsageError, match=r"names 3 classes, but a label is of shape \(4,\)"):
+        open_image_set(str(tmp_path), root=tmp_path)
     assert len(list(theirs(tmp_path))) == 3
+
+
+def test_a_blank_line_is_no_class(tmp_path):
+    folder = classification(tmp_path)
+    lines(folder / "classnames.txt", [*NAMES, "", " "])
+    assert open_image_set(str(folder), root=tmp_path).class_names == NAMES
+    lines(folder / "classnames.txt", [*NAMES[:2], "", *NAMES[2:]])
+    with pytest.raises(UsageError, match=r"classnames\.txt has no name in line 3"):
+        open_image_set(str(folder), root=tmp_path)
+    lines(folder / "classnames.txt", [""])
+    with pytest.raises(UsageError, match=r"lacks classnames\.txt"):
+        open_image_set(str(folder), root=tmp_path)
 
 
 def test_samples_are_read_in_any_order_and_after_pickling(tmp_path):
@@ -124,7 +139,7 @@ def test_samples_without_a_label_are_left_out_and_counted(tmp_path):
 def test_damage_is_named(tmp_path):
     folder = classification(tmp_path)
     lines(folder / "classnames.txt", NAMES[:3])
-    with pytest.raises(UniclError, match="is not of 3 classes: a label is 3"):
+    with pytest.raises(UsageError, match=r"classnames\.txt names 3 classes, but a label is 3"):
         open_image_set(str(folder), root=tmp_path)
     (folder / "classnames.txt").unlink()
     with pytest.raises(UsageError, match=r"lacks classnames\.txt"):
@@ -153,5 +168,5 @@ def test_no_pickled_label_is_opened(tmp_path):
     lines(tmp_path / "dataset_type.txt", ["multilabel"])
     with webdataset.TarWriter(str(tmp_path / "test/0.tar"), encoder=False) as out:
         out.write({"__key__": "a", "png": encoded(0), "npy": rows.getvalue()})
-    with pytest.raises(UniclError, match=r"is not of 4 classes: .*pickle"):
+    with pytest.raises(UniclError, match=r"has a label that is no multilabel one: .*pickle"):
         open_image_set(str(tmp_path), root=tmp_path)
