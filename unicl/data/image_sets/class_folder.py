@@ -69,6 +69,13 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     )
 
 
+def is_parted(folder: Path) -> bool:
+    """Say whether a folder holds nothing but parts of class folders, and no image beside them."""
+    parts = list(_parts(folder).values())
+    loose = any(_is_image(path.name) for each in (folder, *parts) for path in each.iterdir())
+    return not loose and any(_folders(part) for part in parts)
+
+
 def open_loose_images(folder: Path) -> ImageSet:
     """Open all images of a folder and of those below it, whatever they are called.
 

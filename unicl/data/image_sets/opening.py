@@ -6,7 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from unicl.data.image_sets.class_folder import open_class_folder, open_loose_images
+from unicl.data.image_sets.class_folder import (
+    is_parted,
+    open_class_folder,
+    open_loose_images,
+)
 from unicl.data.image_sets.digits import open_digits
 from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, ImageSet
 from unicl.data.image_sets.karpathy import KARPATHY_SETS, open_karpathy
@@ -60,6 +64,8 @@ def open_image_set(
 def open_images(spec: str, *, split: str = "test", root: Path, download: bool = False) -> ImageSet:
     """Open images without asking for classes or captions: a set, or any folder of images.
 
+    Class folders are taken as a set where they lie in parts; without, they may as well be albums.
+
     Args:
         spec: As in `open_image_set`, or a folder with images anywhere below it.
         split: As in `open_image_set`.
@@ -72,7 +78,7 @@ def open_images(spec: str, *, split: str = "test", root: Path, download: bool = 
     """
     folder = Path(spec)
     known = spec in KNOWN_SETS or not folder.is_dir()
-    if known or prepared_parts(folder) is not None or is_webdataset(folder):
+    if known or prepared_parts(folder) is not None or is_webdataset(folder) or is_parted(folder):
         return open_image_set(spec, split=split, root=root, download=download)
     opened = open_loose_images(folder)
     return replace(opened, name=_own_name(opened.name))

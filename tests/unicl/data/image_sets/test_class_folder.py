@@ -60,6 +60,33 @@ def test_parts_share_their_classes(tmp_path):
         opened(tmp_path, "held_out")
 
 
+@pytest.mark.parametrize(
+    ("loose", "split", "count"),
+    [(None, "train", 2), (None, "test", 1), ("3.png", "train", 4), ("train/3.png", "train", 4),
+     ("plane/3.png", "test", 4)],
+)  # fmt: skip
+def test_parts_of_class_folders_are_a_set_to_embed(tmp_path, loose, split, count):
+    for name in ("train/red_cat/1.png", "train/dog/2.png", "test/dog/2.png"):
+        picture(tmp_path / name)
+    if loose is not None:
+        picture(tmp_path / loose)
+    images = open_images(str(tmp_path), split=split, root=tmp_path)
+    assert images.num_samples == count
+    assert images.split == (split if loose is None else "")
+    if loose is None:
+        assert set(named(images).values()) == ({"dog", "red cat"} if split == "train" else {"dog"})
+
+
+def test_folders_called_like_parts_may_be_albums(tmp_path):
+    for name in ("train/1.png", "test/2.png"):
+        picture(tmp_path / name)
+    assert open_images(str(tmp_path), root=tmp_path).num_samples == 2
+    for name in ("set/train/dog/1.png", "set/test/dog/1.png"):
+        picture(tmp_path / name)
+    with pytest.raises(UsageError, match="has no split 'val'; it has train, test"):
+        open_images(str(tmp_path / "set"), split="val", root=tmp_path)
+
+
 def test_val_is_taken_where_there_is_no_test(tmp_path, said):
     for part in ("train", "val"):
         picture(tmp_path / part / "cat" / f"{part}.png")
