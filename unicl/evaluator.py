@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from unicl.data.atomic import atomic_file, write_error
+from unicl.data.hash_table import normalise
 from unicl.data.image_sets import (
+    KNOWN_SETS,
     LINEAR_PROBE_SETS,
     ZERO_SHOT_SETS,
     CaptionSet,
@@ -41,7 +44,7 @@ logger = logging.getLogger("unicl")
 TASKS = ("zero-shot", "linear-probe", "few-shot", "retrieval")
 """Protocols that leave the model as it is."""
 
-# Names of empty classes that a warning has room for.
+# Names of classes that a warning has room for.
 _SHOWN = 5
 _PAPERS_SETS = {
     "zero-shot": ZERO_SHOT_SETS,
@@ -237,17 +240,33 @@ def check(options: Options) -> None:
         raise UsageError(f"shots must be positive numbers, got {options.shots}")
 
 
-def warn_of_empty_classes(images: ClassificationSet | CaptionSet) -> None:
-    """Say which classes no part of a set has an image of; told of one part, it is told of all."""
-    if isinstance(images, ClassificationSet) and images.empty_classes:
-        empty = images.empty_classes
+def warn_of_classes(images: ClassificationSet | CaptionSet, *, by_name: bool) -> None:
+    """Say which classes of a set have no image in any part, or, if it matters, an equal name.
+
+    Told of one part, it is told of all.
+    """
+    if not isinstance(images, ClassificationSet):
+        return
+    if empty := images.empty_classes:
         logger.warning(
             "%s has no image of %d of its %d classes (%s); their names can still be guessed",
-            images.name,
-            len(empty),
-            len(images.class_names),
-            ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else ""),
+            *(images.name, len(empty), len(images.class_names), _some(empty)),
         )
+    # What the papers measure with is what it is: ImageNet has two pairs of equal names.
+    if not by_name or images.targets.ndim > 1 or images.name in KNOWN_SETS:
+        return
+    # CLIP's tokens know no capitals.
+    names = Counter(normalise(name).lower() for name in images.class_names)
+    if equal := [name for name, count in names.items() if count > 1]:
+        logger.warning(
+            "%s names %d of its %d classes like one before (%s); their images can never be right: "
+            "give each class a name of its own, in classnames.txt or before it is prepared",
+            *(images.name, names.total() - len(names), len(images.class_names), _some(equal)),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -308,7 +327,7 @@ def _open(task: str, name: str, options: Options) -> _Parts:
         )
 
     test = part(options.split)
-    warn_of_empty_classes(test)
+    warn_of_classes(test, by_name=task == "zero-shot")
     if task != "linear-probe" or options.probe is not None:
         return _Parts(test)
     if options.split == "train":

@@ -25,7 +25,7 @@ from unicl.engine.checkpoint import checkpoints
 from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.results import Result, save_result
-from unicl.evaluator import Options, check, setting_of, warn_of_empty_classes
+from unicl.evaluator import Options, check, setting_of, warn_of_classes
 from unicl.models import OPEN_CLIP, choose_device, full_name, load, read_recipe, recipe_of
 
 logger = logging.getLogger("unicl")
@@ -62,7 +62,7 @@ def fine_tune(
     check(options)
     out = options.out
     test = _open(data, options.split, options)
-    warn_of_empty_classes(test)
+    warn_of_classes(test, by_name=True)
     training = _open(data, "train", options)
     overrides = {"trainer.device": options.device, **(overrides or {})}
     recipe = fine_tuning_recipe(model, training, out, overrides)

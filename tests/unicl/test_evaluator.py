@@ -1,6 +1,7 @@
 """`unicl eval`, `embed`, `index`, `search` and `export` as a person types them, on real digits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from unicl.errors import UsageError
 from unicl.evaluation.answers import load_answers
 from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.results import read_results
-from unicl.evaluator import evaluate
+from unicl.evaluator import evaluate, warn_of_classes
 from unicl.fine_tuning import fine_tuning_recipe
 from unicl.models import load
 from unicl.predictor import Predictor
@@ -110,6 +111,38 @@ def test_what_is_wrong_with_a_folder_of_images_is_told(
     assert len(list(Path("of_val").glob("*@val.json"))) == 2
     assert results[0].protocol["chosen_on"] == "a fifth of train"
     assert results[1].protocol["num_classes"] == 11
+
+
+def test_equal_names_are_told_where_names_decide(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    opened = open_image_set("digits", split="test", root=place)
+    for row in range(24):
+        name = ("Red Square", "red_square")[row // 2 % 2]
+        path = place / "twins" / ("train", "test")[row % 2] / name / f"{row}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(opened.read(row).image)
+    warning = "twins names 1 of its 2 classes like one before (red square); their images can never"
+    for task, count in (("zero-shot", 1), ("linear-probe", 0)):
+        run("eval", "run", task, "twins", "--workers", "0", "--out", "of_twins")
+        assert capsys.readouterr().err.count(warning) == count
+
+
+def test_equal_names_of_a_public_set_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "unicl.evaluator.logger.warning", lambda text, *words: said.append(text % words)
+    )
+    names = (*"aabbccddeeff",)
+    digits = replace(open_image_set("digits", root=Path()), class_names=names)
+    several = replace(digits, name="x", targets=np.zeros((500, len(names)), bool))
+    warn_of_classes(digits, by_name=True)
+    warn_of_classes(several, by_name=True)  # each class has a score of its own, and a precision
+    assert not said
+    warn_of_classes(replace(digits, name="./digits"), by_name=True)
+    (warning,) = said
+    assert warning.startswith("./digits names 6 of its 12 classes like one before (a, b, c, d, e, ")
+    assert "give each class a name of its own" in warning
 
 
 def test_what_cannot_be_written_or_read_is_told_before_any_work(
