@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from open_clip.loss import ClipLoss
-from open_clip.model import CLIP
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +41,9 @@ class OpenClipStep:
         precision: "fp32" or "bf16", by autocast.
     """
 
-    def __init__(self, model: CLIP, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        # Late: the ranks that only do own_step need not wait for it.
+        from open_clip.loss import ClipLoss
         from open_clip_train.precision import get_autocast
 
         self.model = model
@@ -74,7 +74,7 @@ def forward_flops(run: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def _open_clip_optimizer(model: CLIP) -> torch.optim.AdamW:
+def _open_clip_optimizer(model: nn.Module) -> torch.optim.AdamW:
     config = OptimizerConfig()
     no_decay: list[nn.Parameter] = []
     decay: list[nn.Parameter] = []
