@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unicl.data.atomic import atomic_file
+from unicl.data.atomic import atomic_file, require_parent
 from unicl.engine.metrics import parse_rows
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, load_answers
@@ -41,8 +41,7 @@ def report(runs: Sequence[str | Path], out: Path, *, csv: Path | None = None) ->
         UniclError: all files are damaged, one cannot be written, or matplotlib is missing.
     """
     for path in filter(None, (out, csv)):
-        if not path.parent.is_dir():
-            raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+        require_parent(path)
     places = [_find(run) for run in runs]
     for number, place in enumerate(places):
         if place in places[:number]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
+from unicl.data.atomic import require_parent
 from unicl.errors import UsageError, no_model
 from unicl.export import FORMATS
 from unicl.search import KINDS
@@ -219,8 +220,8 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     for option, tasks in _OPTIONS_OF_TASKS.items():
         if getattr(arguments, option) is not None and arguments.task not in tasks:
             raise UsageError(f"--{option} is an option of {' and '.join(tasks)} only")
-    if arguments.csv is not None and not arguments.csv.parent.is_dir():
-        raise UsageError(f"cannot write {arguments.csv}: there is no folder {arguments.csv.parent}")
+    if arguments.csv is not None:
+        require_parent(arguments.csv)
     from unicl.evaluator import evaluate, show
 
     options = _options(arguments)

@@ -34,6 +34,16 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{PARTIAL_PREFIX}{path.name}")
 
 
+def require_parent(path: Path) -> None:
+    """Refuse, before there is any work, a file whose folder is not there.
+
+    Raises:
+        UsageError: There is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` for writing; rename it to `path` once the block has succeeded.

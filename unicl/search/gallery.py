@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from unicl.data.atomic import atomic_file
+from unicl.data.atomic import atomic_file, require_parent
 from unicl.data.augment import UndecodableImage
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UniclError
 from unicl.evaluation.page import page, picture, thumbnail
 from unicl.search.index import Found
 from unicl.search.items import Item
@@ -59,8 +59,7 @@ def write_gallery(
         UsageError: The folder does not exist.
         UniclError: The file cannot be written.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    require_parent(path)
     rows = [_answer(answer, read_image) for answer in answers]
     head = f"{_STYLE}\n<h1>{escape(title)}</h1>\n<p>{escape(summary)}</p>"
     text = page(title, "\n".join([head, *rows]))

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from unicl.data.atomic import atomic_file
-from unicl.errors import UsageError
+from unicl.data.atomic import atomic_file, require_parent
 from unicl.evaluation.curves import PANELS, draw
 from unicl.evaluation.page import page
 from unicl.evaluation.report.contents import Report
@@ -22,8 +21,7 @@ def write_report(path: Path, report: Report) -> None:
         UsageError: the folder does not exist.
         UniclError: the file cannot be written, an image cannot be read, or matplotlib is missing.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    require_parent(path)
     text = render(report)
     with atomic_file(path) as file:
         file.write(text.encode("utf-8", "replace"))
