@@ -1,0 +1,1 @@
+"""Plug-ins that adapt pretrained towers to other jobs."""
