@@ -18,6 +18,7 @@ from unicl.data.augment import TrainTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
+from unicl.data.reader import ImageDecoder
 from unicl.data.shards import ShardSet, ShardWriter
 from unicl.towers.text import tokenize
 
@@ -82,13 +83,14 @@ def _own(folder: Path, size: int) -> Callable[[], int]:
     loader = Loader(
         shards,
         SampleOrder(shards.shard_sizes, seed=0, window=1),
-        transform=TrainTransform(size, scale=_CROP_SCALE),
+        decode=ImageDecoder(
+            TrainTransform(size, scale=_CROP_SCALE), max_pixels=Image.MAX_IMAGE_PIXELS or 0
+        ),
         tokenize=tokenize,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=_BATCH,
         num_workers=0,
         seed=0,
-        max_image_pixels=Image.MAX_IMAGE_PIXELS or 0,
         max_skipped_share=0.0,
     )
     return lambda: sum(len(batch.keys) for batch in loader.epoch())

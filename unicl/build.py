@@ -2,18 +2,22 @@
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-from unicl.config import Recipe, recipe_to_toml
+from unicl.config import PRETRAINING, Recipe, find_plugin, recipe_to_toml
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.augment import TrainTransform
+from unicl.data.hash_table import TextHashTable
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
+from unicl.data.reader import Decode, ImageDecoder, SampleSet
 from unicl.data.shards import ShardSet
 from unicl.distributed import ALONE, Ranks, joined
 from unicl.engine.backend import Backend
@@ -21,9 +25,9 @@ from unicl.engine.checkpoint import (
     checkpoints,
 )
 from unicl.engine.schedule import learning_rate
-from unicl.engine.task import Task
+from unicl.engine.task import Task, TaskInputs
 from unicl.engine.torch_backend import TorchBackend
-from unicl.engine.trainer import Run, Trainer
+from unicl.engine.trainer import Evaluator, Run, Trainer
 from unicl.errors import UsageError
 from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.retrieval import Retrieval
@@ -75,6 +79,18 @@ _FREE_ON_RESUME = {
 _PROBLEMS_SHOWN = 3
 
 
+@runtime_checkable
+class TextSamples(SampleSet, Protocol):
+    """Samples with a text hash table; `unicl.data.shards.ShardSet` is one."""
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Number of samples that lie together, one number for each place."""
+
+    def table(self) -> TextHashTable:
+        """Return the text hash table."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Evaluator of one set of held-out shards; its images are embedded once for all figures."""
@@ -101,6 +117,8 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         UniclError: what stopped the run, in one line.
     """
     recipe = complete(recipe)
+    if recipe.task != PRETRAINING:
+        recipe = find_plugin(recipe.task).complete(recipe)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
     deepspeed = recipe.engine.backend == "deepspeed"
     with joined(
@@ -115,6 +133,20 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         return trainer.fit()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of besides the engine."""
+
+    task: Task
+    """What is trained, its model with the weights to start from, still on the CPU."""
+    loader: Loader
+    """This rank's part of the training batches."""
+    evaluators: Sequence[Evaluator] = ()
+    """What measures the model on held-out data."""
+    flops: Callable[[TaskInputs], float] | None = None
+    """Counts the operations of a step on this rank."""
+
+
 def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer:
     """Build the trainer of a run on one of its ranks; exchanges nothing yet."""
     if not recipe.data.train:
@@ -125,23 +157,20 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
         raise UsageError("trainer.batch_size must be at least 2: the loss of one pair is always 0")
     device = choose_device(recipe.trainer.device)
     torch.manual_seed(recipe.trainer.seed)
+    build = _build_pretraining
+    if recipe.task != PRETRAINING:
+        build = find_plugin(recipe.task).build
     # A run that goes on has its weights in a checkpoint; the file to start from may be gone.
-    model = build_model(recipe, start=not checkpoints(folder / "checkpoints")).to(device)
-    check_image_size(model.image, recipe.image_tower.image_size)
-    flops = StepFlops(
-        model,
-        image_size=recipe.image_tower.image_size,
-        context_length=recipe.text_tower.context_length,
-    )
-    task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
+    parts: Parts = build(recipe, ranks, start=not checkpoints(folder / "checkpoints"))
+    parts.task.model.to(device)
     if recipe.trainer.compile:
-        for tower in (model.image, model.text):
+        for tower in parts.task.model.children():
             tower.compile()  # in place: the weights keep their names
     return Trainer(
-        task,
-        build_train_loader(recipe, ranks),
+        parts.task,
+        parts.loader,
         folder,
-        backend=lambda: build_backend(recipe, task, ranks),
+        backend=lambda: build_backend(recipe, parts.task, ranks),
         config=recipe.trainer,
         learning_rate=functools.partial(
             learning_rate,
@@ -150,9 +179,24 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
             warmup_steps=recipe.schedule.warmup_steps,
             total_steps=recipe.trainer.steps,
         ),
-        evaluators=build_evaluators(recipe, ranks),
-        flops=flops,
+        evaluators=parts.evaluators,
+        flops=parts.flops,
         ranks=ranks,
+    )
+
+
+def _build_pretraining(recipe: Recipe, ranks: Ranks, *, start: bool) -> Parts:
+    model = build_model(recipe, start=start)
+    check_image_size(model.image, recipe.image_tower.image_size)
+    return Parts(
+        Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks),
+        build_train_loader(recipe, ranks),
+        build_evaluators(recipe, ranks),
+        StepFlops(
+            model,
+            image_shape=(3, recipe.image_tower.image_size, recipe.image_tower.image_size),
+            context_length=recipe.text_tower.context_length,
+        ),
     )
 
 
@@ -165,10 +209,23 @@ def build_backend(recipe: Recipe, task: Task, ranks: Ranks = ALONE) -> Backend:
     return DeepSpeedBackend(task, recipe.optimizer, ranks, recipe.engine)
 
 
-def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:
-    """Build the endless, reproducible stream of training batches."""
+def build_train_loader(
+    recipe: Recipe,
+    ranks: Ranks = ALONE,
+    *,
+    samples: TextSamples | None = None,
+    decode: Decode | None = None,
+) -> Loader:
+    """Build the endless, reproducible stream of training batches.
+
+    Args:
+        recipe: data, batch size and seed.
+        ranks: the processes that share the batches.
+        samples: what is trained on; unset opens the recipe's shards.
+        decode: makes the image tower's input; unset decodes and augments images.
+    """
     data, seed, batch_size = recipe.data, recipe.trainer.seed, recipe.trainer.batch_size
-    shards = _open_shards(Path(data.train))
+    shards = open_shards(Path(data.train)) if samples is None else samples
     if batch_size > shards.num_samples:
         logger.warning(
             "trainer.batch_size %d is larger than %s with its %d samples: they repeat in a batch",
@@ -180,12 +237,7 @@ def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:
         recipe,
         shards,
         SampleOrder(shards.shard_sizes, seed=seed, window=data.shuffle_window),
-        transform=TrainTransform(
-            recipe.image_tower.image_size,
-            scale=data.crop_scale,
-            ratio=data.crop_ratio,
-            flip=data.flip,
-        ),
+        decode=_build_train_decoder(recipe) if decode is None else decode,
         prompts=PromptSampler(data.templates, short_text_words=data.short_text_words, seed=seed),
         batch_size=batch_size,
         seed=seed,
@@ -193,14 +245,34 @@ def build_train_loader(recipe: Recipe, ranks: Ranks = ALONE) -> Loader:
     )
 
 
-def build_eval_loader(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Loader:
-    """Build one ordered, unaugmented pass over a folder of shards."""
-    shards = _open_shards(folder)
+def _build_train_decoder(recipe: Recipe) -> Decode:
+    transform = TrainTransform(
+        recipe.image_tower.image_size,
+        scale=recipe.data.crop_scale,
+        ratio=recipe.data.crop_ratio,
+        flip=recipe.data.flip,
+    )
+    return ImageDecoder(transform, recipe.data.max_image_pixels)
+
+
+def build_eval_loader(
+    recipe: Recipe, samples: TextSamples, ranks: Ranks = ALONE, *, decode: Decode | None = None
+) -> Loader:
+    """Build one ordered, unaugmented pass over samples.
+
+    Args:
+        recipe: towers and batch size.
+        samples: what is evaluated on.
+        ranks: the processes that share the pass.
+        decode: makes the image tower's input; unset decodes images.
+    """
+    if decode is None:
+        decode = ImageDecoder(build_transform(recipe), recipe.data.max_image_pixels)
     return _build_loader(
         recipe,
-        shards,
-        SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
-        transform=build_transform(recipe),
+        samples,
+        SampleOrder(samples.shard_sizes, seed=0, window=1, shuffle=False),
+        decode=decode,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=recipe.evaluation.batch_size,
         seed=0,
@@ -208,19 +280,18 @@ def build_eval_loader(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Loa
     )
 
 
-def _build_loader(recipe: Recipe, shards: ShardSet, order: SampleOrder, **own: Any) -> Loader:
+def _build_loader(recipe: Recipe, samples: TextSamples, order: SampleOrder, **own: Any) -> Loader:
     return Loader(
-        shards,
+        samples,
         order,
         tokenize=build_tokenizer(recipe),
         num_workers=recipe.data.num_workers,
-        max_image_pixels=recipe.data.max_image_pixels,
         max_skipped_share=recipe.data.max_skipped_share,
         **own,
     )
 
 
-def _open_shards(folder: Path) -> ShardSet:
+def open_shards(folder: Path) -> ShardSet:
     """Open a folder of shards, and say at once what of it will be skipped later."""
     shards = ShardSet.open(folder)
     shards.table()  # a damaged one is told at once, and the loader's workers share it
@@ -239,8 +310,20 @@ def build_evaluators(recipe: Recipe, ranks: Ranks = ALONE) -> list[HeldOut]:
     return [build_held_out(recipe, ranks)]
 
 
-def build_held_out(recipe: Recipe, ranks: Ranks = ALONE) -> HeldOut:
-    """Build the evaluation of a recipe's held-out shards: zero-shot and retrieval.
+def build_held_out(
+    recipe: Recipe,
+    ranks: Ranks = ALONE,
+    *,
+    open_samples: Callable[[Path], TextSamples] = open_shards,
+    decode: Decode | None = None,
+) -> HeldOut:
+    """Build the evaluation of a recipe's held-out data: zero-shot and retrieval.
+
+    Args:
+        recipe: towers, and where the data lies.
+        ranks: the processes that share the work.
+        open_samples: opens the data; shards unless given.
+        decode: makes the image tower's input; unset decodes images.
 
     Raises:
         UsageError: the recipe names no held-out data, or the folder holds none.
@@ -249,11 +332,12 @@ def build_held_out(recipe: Recipe, ranks: Ranks = ALONE) -> HeldOut:
     if evaluation.data is None:
         raise UsageError("evaluation.data is not set; there is nothing to evaluate on")
     folder = Path(evaluation.data)
-    loader = build_eval_loader(recipe, folder, ranks)
-    table = ShardSet.open(Path(evaluation.names) if evaluation.names else folder).table()
+    samples = open_samples(folder)
+    loader = build_eval_loader(recipe, samples, ranks, decode=decode)
+    table = (open_samples(Path(evaluation.names)) if evaluation.names else samples).table()
     names = [text for text in table.texts if text.strip()]
     if evaluation.names:
-        own = {text for text in ShardSet.open(folder).table().texts if text.strip()}
+        own = {text for text in samples.table().texts if text.strip()}
         if unknown := sorted(own.difference(names)):
             raise UsageError(
                 f"{folder} has {len(unknown)} texts that are no class name of evaluation.names "

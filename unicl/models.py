@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicl.config import Recipe, parse_recipe
+from unicl.config import PRETRAINING, Recipe, find_plugin, parse_recipe
 from unicl.config.schema import ImageTowerConfig, TextTowerConfig
 from unicl.data.augment import EvalTransform
 from unicl.distributed import local_rank
@@ -56,12 +56,26 @@ def build_model(recipe: Recipe, *, start: bool = True) -> TwoTower:
     if recipe.model is not None:
         model = _build_open_clip(recipe, recipe.model, start=start)
     else:
-        model = _build_own(recipe, start=start)
-    if start and recipe.weights is not None:
+        model = build_towers(recipe, build_image_tower(recipe, start=start))
+    return start_from(recipe, model) if start else with_locks(recipe, model)
+
+
+def start_from(recipe: Recipe, model: TwoTower) -> TwoTower:
+    """Load the whole model's weights that a recipe starts from, if it names any, and lock towers.
+
+    Raises:
+        UniclError: there are no such weights, or they do not fit.
+    """
+    if recipe.weights is not None:
         file, weights = _read_model(Path(recipe.weights))
         if recipe.model is None:
             weights = carry_model(weights, model, source=file)
         set_weights(weights, model, source=file)
+    return with_locks(recipe, model)
+
+
+def with_locks(recipe: Recipe, model: TwoTower) -> TwoTower:
+    """Lock the towers that a recipe wants locked."""
     if recipe.image_tower.locked:
         model.lock("image")
     if recipe.text_tower.locked:
@@ -79,19 +93,26 @@ def _build_open_clip(recipe: Recipe, name: str, *, start: bool) -> TwoTower:
     return model
 
 
-def _build_own(recipe: Recipe, *, start: bool) -> TwoTower:
-    image, text = recipe.image_tower, recipe.text_tower
+def build_image_tower(recipe: Recipe, *, start: bool = True) -> ImageTower:
+    """Build a recipe's image tower; `start` loads its own weights to start from."""
+    image = recipe.image_tower
+    return ImageTower(
+        image.model,
+        embed_dim=recipe.embed_dim,
+        image_size=image.image_size,
+        window_size=image.window_size,
+        drop_path_rate=image.drop_path_rate,
+        layer_scale=image.layer_scale,
+        checkpointing=image.checkpointing,
+        weights=Path(image.weights) if start and image.weights else None,
+    )
+
+
+def build_towers(recipe: Recipe, image_tower: ImageTower) -> TwoTower:
+    """Build a recipe's text tower, and a model of it and an image tower."""
+    text = recipe.text_tower
     return TwoTower(
-        ImageTower(
-            image.model,
-            embed_dim=recipe.embed_dim,
-            image_size=image.image_size,
-            window_size=image.window_size,
-            drop_path_rate=image.drop_path_rate,
-            layer_scale=image.layer_scale,
-            checkpointing=image.checkpointing,
-            weights=Path(image.weights) if start and image.weights else None,
-        ),
+        image_tower,
         TextTower(
             width=text.width,
             num_layers=text.num_layers,
@@ -249,17 +270,16 @@ def lasting_name(name: str | Path) -> str:
 
 
 def _load_own(path: Path) -> Pretrained:
+    recipe = read_recipe(_run_of(path))
+    if recipe.task != PRETRAINING:
+        loaded: Pretrained = find_plugin(recipe.task).load(path, recipe)
+        return loaded
     model, recipe = load_model(path)
     transform = build_transform(recipe)
     if recipe.model is not None:
         identity = _sizes(recipe.model).identity
     else:
-        architecture: dict[str, Any] = {
-            tower: {k: v for k, v in asdict(config).items() if k not in _FOR_TRAINING}
-            for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower))
-        }
-        crop = getattr(transform, "crop", None)
-        identity = json.dumps({"crop": crop, **architecture}, sort_keys=True)
+        identity = identity_of(recipe, crop=getattr(transform, "crop", None))
     return Pretrained(
         name=str(path),
         model=model,
@@ -269,6 +289,15 @@ def _load_own(path: Path) -> Pretrained:
         context_length=recipe.text_tower.context_length,
         identity=identity,
     )
+
+
+def identity_of(recipe: Recipe, **besides: Any) -> str:
+    """Return what tells the embeddings of a recipe's towers from others, but for the weights."""
+    architecture: dict[str, Any] = {
+        tower: {k: v for k, v in asdict(config).items() if k not in _FOR_TRAINING}
+        for tower, config in (("image", recipe.image_tower), ("text", recipe.text_tower))
+    }
+    return json.dumps({**besides, **architecture}, sort_keys=True)
 
 
 def recipe_of(name: str | Path, loaded: Pretrained | None = None) -> Recipe:
@@ -308,7 +337,7 @@ def recipe_of(name: str | Path, loaded: Pretrained | None = None) -> Recipe:
 
 
 def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
-    """Load the model of a run's best checkpoint, or of its newest if it kept no best.
+    """Load the two towers of a run's best checkpoint, or of its newest if it kept no best.
 
     Nothing is unpickled.
 
@@ -321,9 +350,19 @@ def load_model(path: str | Path) -> tuple[TwoTower, Recipe]:
     """
     path = Path(path)
     recipe = read_recipe(_run_of(path))
-    model = build_model(recipe, start=False)
+    if recipe.task != PRETRAINING:
+        raise UsageError(f"{path} is a run of {recipe.task}, not of {PRETRAINING}")
+    return load_run(path, build_model(recipe, start=False)), recipe
+
+
+def load_run(path: Path, model: TwoTower) -> TwoTower:
+    """Load a run's best or newest weights, or those of one of its checkpoints, into its model.
+
+    Raises:
+        UniclError: the run has no checkpoint yet, or what there is is damaged.
+    """
     load_weights(_weights_of(path), model)
-    return model.eval(), recipe
+    return model.eval()
 
 
 def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:

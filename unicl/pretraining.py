@@ -100,14 +100,16 @@ class StepFlops:
 
     Args:
         model: The two towers.
-        image_size: Side of the images in pixels.
+        image_shape: Shape of one image, or of what else the image tower takes.
         context_length: Longest text in tokens; shorter ones cost proportionally less, which takes
             attention's small quadratic part as linear.
     """
 
-    def __init__(self, model: TwoTower, *, image_size: int, context_length: int) -> None:
+    def __init__(
+        self, model: TwoTower, *, image_shape: tuple[int, ...], context_length: int
+    ) -> None:
         text = count_flops(model.text, (1, context_length), torch.int64)
-        self.per_image = count_flops(model.image, (1, 3, image_size, image_size), torch.float32)
+        self.per_image = count_flops(model.image, (1, *image_shape), torch.float32)
         self.per_token = text / context_length
         self.per_image *= 3 if _learns(model.image) else 1
         self.per_token *= 3 if _learns(model.text) else 1

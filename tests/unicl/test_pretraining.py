@@ -44,7 +44,7 @@ def test_operations_are_three_forwards_of_what_learns(locked):
     model.image.train()
     batch = samples("unique")
     batch.tokens[0, -1] = 63  # one text fills the context
-    flops = StepFlops(model, image_size=24, context_length=12)
+    flops = StepFlops(model, image_shape=(3, 24, 24), context_length=12)
     assert model.image.training  # as it was
     expected = 0.0
     for tower, rows in (("image", batch.images), ("text", batch.tokens)):
@@ -59,7 +59,7 @@ def test_operations_are_three_forwards_of_what_learns(locked):
 
 
 def test_trimmed_texts_cost_less():
-    flops = StepFlops(build_model(), image_size=24, context_length=12)
+    flops = StepFlops(build_model(), image_shape=(3, 24, 24), context_length=12)
     tokens = torch.zeros(3, 12, dtype=torch.int64)
     tokens[:, 3] = 63
     inputs = TaskInputs({"image": torch.zeros(0, 3, 24, 24), "text": tokens}, {})

@@ -8,19 +8,27 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from unicl.config.plugins import PRETRAINING, find_plugin, plugin_names, recipe_class
 from unicl.config.schema import Recipe
 from unicl.errors import UsageError
 
+Section = TypeVar("Section")
+
 
 def recipe_names() -> list[str]:
-    """List the recipes that ship with the package."""
-    folder = resources.files("unicl.config") / "recipes"
-    return sorted(
-        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
-    )
+    """List the recipes that ship with the package and its plug-ins."""
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Traversable]:
+    folders = [resources.files("unicl.config") / "recipes"]
+    folders += [find_plugin(name).recipes for name in plugin_names()]
+    files = (file for folder in folders for file in folder.iterdir())
+    return {f.name.removesuffix(".toml"): f for f in files if f.name.endswith(".toml")}
 
 
 def load_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -50,7 +58,33 @@ def parse_recipe(
         raise UsageError(f"{source} is not valid TOML: {error}") from error
     for key, value in (overrides or {}).items():
         _insert(table, key, value)
-    return _build(Recipe, table, prefix="")
+    task = table.get("task", PRETRAINING)
+    if not isinstance(task, str):
+        raise UsageError(f"task must be a text, got {task!r}")
+    cls = recipe_class(str(task))
+    recipe: Recipe = _build(cls, table, prefix="", keys=_all_keys(cls))
+    return recipe
+
+
+def override_section(config: Section, overrides: Mapping[str, str], *, prefix: str) -> Section:
+    """Return one section with some of its keys set: `{"video.num_frames": "8"}`.
+
+    Raises:
+        UsageError: an unknown key, or a wrong type.
+    """
+    table: dict[str, Any] = {}
+    for key, value in overrides.items():
+        _insert(table, key, value)
+    keys = _all_keys(type(config), f"{prefix}.")
+    if unknown := sorted(table.keys() - {prefix}):
+        name = next(key for key in overrides if key.partition(".")[0] == unknown[0])
+        raise UsageError(f"unknown key {name}{_nearest(name, keys)}")
+    given = table.get(prefix, {})
+    if not isinstance(given, dict):
+        raise UsageError(f"{prefix} is a section; set one of its keys, such as {keys[0]}")
+    own = {item.name: getattr(config, item.name) for item in fields(config)}  # type: ignore[arg-type]
+    changed: Section = _build(type(config), {**own, **given}, prefix=f"{prefix}.", keys=keys)
+    return changed
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -72,8 +106,8 @@ def recipe_to_toml(recipe: Recipe) -> str:
 def _read(recipe: str | Path) -> str:
     path = Path(recipe)
     if path.suffix != ".toml":
-        shipped = resources.files("unicl.config") / "recipes" / f"{recipe}.toml"
-        if not shipped.is_file():
+        shipped = _shipped().get(str(recipe))
+        if shipped is None:
             known = recipe_names()
             raise UsageError(
                 f"there is no recipe {str(recipe)!r}{_nearest(str(recipe), known)}; "
@@ -101,20 +135,20 @@ class _Override(str):
     """A value from the command line: text that is still to be read by its field's type."""
 
 
-def _build(cls: type, table: Mapping[str, Any], prefix: str) -> Any:
+def _build(cls: type, table: Mapping[str, Any], prefix: str, keys: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in table.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise UsageError(f"unknown key {key}{_nearest(key, _all_keys(Recipe))}")
+            raise UsageError(f"unknown key {key}{_nearest(key, keys)}")
         hint = hints[name]
         if is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UsageError(
                     f"{key} is a section; set one of its keys, such as {key}.{fields(hint)[0].name}"
                 )
-            values[name] = _build(typing.cast(type, hint), value, prefix=f"{key}.")
+            values[name] = _build(typing.cast(type, hint), value, f"{key}.", keys)
         else:
             values[name] = _convert(value, hint, key)
     return cls(**values)
@@ -138,6 +172,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return chosen[0]
     if origin is tuple:
         parts = value.strip("[]() ").split(",") if isinstance(value, _Override) else value
+        if args[-1] is Ellipsis and isinstance(parts, list | tuple):
+            args = args[:1] * len(parts)
         if not isinstance(parts, list | tuple) or len(parts) != len(args):
             raise UsageError(f"{key} must be {len(args)} values, such as 0.5,1.0; got {value!r}")
         marked = [_Override(p.strip()) if isinstance(value, _Override) else p for p in parts]

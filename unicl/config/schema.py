@@ -347,6 +347,8 @@ class Recipe:
     """Name of the run's folder, unless `--out` says otherwise."""
     description: str = ""
     """One line for lists and reports."""
+    task: str = "pretraining"
+    """What is trained: pretraining, or the task of a plug-in, which may add a section."""
     embed_dim: int = 512
     """Width of the space both towers project into."""
     model: str | None = None

@@ -5,8 +5,10 @@ is a pure function of its positions. The loader's whole state is the number of s
 """
 
 import atexit
+import functools
 import gc
 import logging
+import math
 import multiprocessing
 import signal
 import sys
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
-from unicl.data.reader import Piece, Reader, SampleSet, Skipped, Tokenize, Transform
+from unicl.data.reader import Decode, Piece, Reader, SampleSet, Skipped, Tokenize
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
 
@@ -36,6 +38,7 @@ logger = logging.getLogger("unicl")
 # What a worker hands over at a time: small enough to keep shared memory and latency low however
 # large the batch is, large enough that handing over costs nothing beside the decoding.
 _PIECE = 64
+_PIECE_BYTES = 1 << 25
 _BATCHES_AHEAD = 2
 _FEWEST_TO_JUDGE = 100
 _SECONDS_AFTER_SIGTERM = 60
@@ -45,7 +48,8 @@ _SECONDS_AFTER_SIGTERM = 60
 class Batch:
     """Samples that are trained on together; bad ones are left out: it may be short, or empty."""
 
-    images: UInt8[Tensor, "batch 3 height width"]
+    images: UInt8[Tensor, "batch *shape"]
+    """Images [batch, 3, height, width], or clips."""
     tokens: Int64[Tensor, "batch context"]
     labels: Int64[Tensor, " batch"]
     keys: tuple[str, ...]
@@ -76,19 +80,23 @@ class _Plan(Sampler[tuple[int, int]]):
     """The pieces (first position, count) from `start` on, none across a batch's end.
 
     Args:
+        piece: samples of a piece, but for a batch's last.
         ranks: they share each batch, the first rank's part before the second's.
     """
 
-    def __init__(self, start: int, stop: int | None, batch_size: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, start: int, stop: int | None, batch_size: int, piece: int, ranks: Ranks = ALONE
+    ) -> None:
         self.start = start
         self.stop = stop
         self.batch_size = batch_size
+        self.piece = piece
         self.ranks = ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for own, _ in self.batches():
-            for position in own[::_PIECE]:
-                yield position, min(_PIECE, own.stop - position)
+            for position in own[:: self.piece]:
+                yield position, min(self.piece, own.stop - position)
 
     def batches(self) -> Iterator[tuple[range, int]]:
         """Yield this rank's positions of each batch, and where the whole batch ends."""
@@ -156,10 +164,9 @@ class Loader:
     A sample that cannot be used is left out of its batch and counted by reason.
 
     Args:
-        transform: Makes a uint8 tensor of an opened image, given an integer seed.
+        decode: Makes a uint8 tensor of an encoded image or clip, given an integer seed.
         tokenize: Makes token ids of texts; must depend on nothing but the texts.
         num_workers: Processes that do the work; 0 does it in this one. The batches do not differ.
-        max_image_pixels: Larger images are skipped, judged by their headers.
         max_skipped_share: More skipped samples than this share, of at least 100 or of a whole pass,
             end the run; None tells what was skipped, and lets the caller judge.
         ranks: The processes that share the data; this one reads its own part only.
@@ -173,13 +180,12 @@ class Loader:
         samples: SampleSet,
         order: SampleOrder,
         *,
-        transform: Transform,
+        decode: Decode,
         tokenize: Tokenize,
         prompts: PromptSampler,
         batch_size: int,
         num_workers: int,
         seed: int,
-        max_image_pixels: int,
         max_skipped_share: float | None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -187,7 +193,7 @@ class Loader:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
         if num_workers < 0:
             raise UsageError(f"data.num_workers must not be negative, got {num_workers}")
-        self._reader = Reader(samples, order, transform, tokenize, prompts, seed, max_image_pixels)
+        self._reader = Reader(samples, order, decode, tokenize, prompts, seed)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.ranks = ranks
@@ -199,7 +205,7 @@ class Loader:
         Raises:
             UniclError: Too large a share of the samples is bad, or a worker was killed.
         """
-        return self._load(_Plan(start, None, self.batch_size, self.ranks))
+        return self._load(_Plan(start, None, self.batch_size, self._piece, self.ranks))
 
     def epoch(self, span: range | None = None) -> Generator[Batch, None, None]:
         """Yield every sample once, or every one of a span; the last batch may be smaller.
@@ -211,13 +217,19 @@ class Loader:
         """
         span = range(self._reader.samples.num_samples) if span is None else span
         own = self.ranks.share(len(span))
-        return self._load(_Plan(span.start + own.start, span.start + own.stop, self.batch_size))
+        start, stop = span.start + own.start, span.start + own.stop
+        return self._load(_Plan(start, stop, self.batch_size, self._piece))
+
+    @functools.cached_property
+    def _piece(self) -> int:
+        sample_bytes = math.prod(self._reader.empty_piece.images.shape[1:])
+        return max(1, min(_PIECE, _PIECE_BYTES // max(1, sample_bytes)))
 
     def _load(self, plan: _Plan) -> Generator[Batch, None, None]:
         tally = _Tally(self._reader.samples, self._max_skipped_share)
         with closing(self._pieces(plan)) as pieces:
             for own, consumed in plan.batches():
-                parts = [next(pieces) for _ in own[::_PIECE]]
+                parts = [next(pieces) for _ in own[:: plan.piece]]
                 skipped = [sample for part in parts for sample in part.skipped]
                 tally.add(len(own), skipped)
                 tally.check()
@@ -253,7 +265,7 @@ class Loader:
         Image.init()
         self._reader.tokenize([""])
         own_size = -(-self.batch_size // self.ranks.size)
-        pieces_ahead = _BATCHES_AHEAD * -(-own_size // _PIECE)
+        pieces_ahead = _BATCHES_AHEAD * -(-own_size // plan.piece)
         with _quiet_start():
             loader = DataLoader(
                 self._reader,

@@ -46,6 +46,48 @@ class SampleSet(Protocol):
         """Return the name of what holds a sample, and its place in it."""
 
 
+@runtime_checkable
+class Decode(Protocol):
+    """From the encoded file of a sample to what a tower takes, and a seed decides how."""
+
+    def __call__(self, encoded: bytes, seed: int) -> Tensor:
+        """Return a uint8 tensor; raises `SampleError` for what cannot be used."""
+
+    def empty(self) -> Tensor:
+        """Return a uint8 tensor [0, *shape of a decoded sample]."""
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Decodes images.
+
+    Args:
+        transform: Makes a uint8 tensor of an opened image, given an integer seed.
+        max_pixels: Larger images are skipped, judged by their headers.
+    """
+
+    transform: Transform
+    max_pixels: int
+
+    def __call__(self, encoded: bytes, seed: int) -> Tensor:
+        """Decode one image.
+
+        Raises:
+            SampleError: It cannot be decoded, or is too large.
+        """
+        with _pillow_limits(self.max_pixels):
+            try:
+                return self.transform(open_image(encoded), seed)
+            except (UndecodableImage, OSError, SyntaxError) as error:
+                bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+                bomb = isinstance(error.__cause__, bombs)
+                raise SampleError("image too large" if bomb else "undecodable image") from error
+
+    def empty(self) -> Tensor:
+        """Return no images, of the shape that images have."""
+        return self.transform(Image.new("RGB", (8, 8)), 0)[None][:0]
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A sample that cannot be used."""
@@ -75,39 +117,36 @@ class Reader(Dataset):
     """Maps (first position, count) to a piece; holds nothing that changes its result.
 
     Args:
-        transform: Makes a uint8 tensor of an opened image, given an integer seed.
+        decode: Makes a uint8 tensor of an encoded image or clip, given an integer seed.
         tokenize: Makes token ids of texts; must depend on nothing but the texts.
-        max_image_pixels: Larger images are skipped, judged by their headers.
     """
 
     samples: SampleSet
     order: SampleOrder
-    transform: Transform
+    decode: Decode
     tokenize: Tokenize
     prompts: PromptSampler
     seed: int
-    max_image_pixels: int
     token_cache: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, positions: tuple[int, int]) -> Piece:
         """Read the samples at `count` stream positions from the first one on."""
         first, count = positions
         images, prompted, labels, keys, texts, skipped = [], [], [], [], [], []
-        with _pillow_limits(self.max_image_pixels):
-            for position, index in enumerate(self.order.indices(first, count).tolist(), first):
-                key = ""
-                try:
-                    sample = self.samples.read(index)
-                    key = sample.key
-                    text = _text(sample)
-                    images.append(self._image(sample, position))
-                except SampleError as error:
-                    skipped.append(Skipped(error.reason, index, key))
-                    continue
-                labels.append(self.samples.label(index, text, key))
-                keys.append(key)
-                texts.append(text)
-                prompted.append(self.prompts(text, position))
+        for position, index in enumerate(self.order.indices(first, count).tolist(), first):
+            key = ""
+            try:
+                sample = self.samples.read(index)
+                key = sample.key
+                text = _text(sample)
+                images.append(self._image(sample, position))
+            except SampleError as error:
+                skipped.append(Skipped(error.reason, index, key))
+                continue
+            labels.append(self.samples.label(index, text, key))
+            keys.append(key)
+            texts.append(text)
+            prompted.append(self.prompts(text, position))
         return Piece(
             torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
             self._tokens(prompted),
@@ -120,20 +159,13 @@ class Reader(Dataset):
     @functools.cached_property
     def empty_piece(self) -> Piece:
         """No samples, in tensors of the shapes that samples have."""
-        image = self.transform(Image.new("RGB", (8, 8)), 0)
         tokens = self.tokenize([""]).numpy()
-        return Piece(image[None][:0], tokens[:0], np.empty(0, np.int64), (), (), ())
+        return Piece(self.decode.empty(), tokens[:0], np.empty(0, np.int64), (), (), ())
 
     def _image(self, sample: RawSample, position: int) -> Tensor:
         if not sample.image:
             raise SampleError("no image")
-        seed = mix(self.seed, _AUGMENTATION, position)
-        try:
-            return self.transform(open_image(sample.image), seed)
-        except (UndecodableImage, OSError, SyntaxError) as error:
-            bombs = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-            bomb = isinstance(error.__cause__, bombs)
-            raise SampleError("image too large" if bomb else "undecodable image") from error
+        return self.decode(sample.image, mix(self.seed, _AUGMENTATION, position))
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
         """Tokenize texts; most names and captions come again, so rows are kept for a while."""

@@ -18,6 +18,10 @@ from unicl.data.hash_table import TextHashTable
 from unicl.errors import UniclError, UsageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg")
+# Of a sample with several, the first counts: a clip may have a picture beside it, as video2dataset
+# writes them.
+MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
 TEXT_EXTENSION = "txt"
 MISSING = (0, -1)
 DATASET_FILE = "dataset.json"
@@ -44,7 +48,7 @@ class Members:
     key: str
     """Name of the sample: what its members are called before the first dot."""
     image: tuple[int, int]
-    """Offset and size in bytes, or `MISSING`."""
+    """Offset and size in bytes of the image or video, or `MISSING`."""
     text: tuple[int, int]
     """Offset and size in bytes, or `MISSING`."""
 
@@ -58,7 +62,7 @@ class ShardIndex:
     key_ends: Int64[np.ndarray, " samples"]
     """End of each sample's key within `keys`."""
     images: Int64[np.ndarray, "samples 2"]
-    """Offset and size of each image."""
+    """Offset and size of each image or video."""
     texts: Int64[np.ndarray, "samples 2"]
     """Offset and size of each text."""
 
@@ -190,7 +194,7 @@ def scan_tar(path: Path) -> tuple[list[Members], bool]:
         if sample is None:
             return samples, False
         key, found = sample
-        image = next((found[name] for name in IMAGE_EXTENSIONS if name in found), MISSING)
+        image = next((found[name] for name in MEDIA_EXTENSIONS if name in found), MISSING)
         samples.append(Members(key, image, found.get(TEXT_EXTENSION, MISSING)))
     return samples, True
 

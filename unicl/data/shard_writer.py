@@ -12,7 +12,7 @@ from unicl.data.atomic import atomic_file, write_error
 from unicl.data.hash_table import TextHashTable
 from unicl.data.shard_index import (
     DATASET_FILE,
-    IMAGE_EXTENSIONS,
+    MEDIA_EXTENSIONS,
     MISSING,
     TEXT_EXTENSION,
     Members,
@@ -92,8 +92,8 @@ class ShardWriter:
             UsageError: WebDataset could not read a sample of that key or extension.
             UniclError: The disk is full, the folder is read-only, ...
         """
-        if extension not in IMAGE_EXTENSIONS:
-            known = ", ".join(IMAGE_EXTENSIONS)
+        if extension not in MEDIA_EXTENSIONS:
+            known = ", ".join(MEDIA_EXTENSIONS)
             raise UsageError(f"extension {extension!r} of {key!r} is not one of: {known}")
         if not key or split_name(f"{key}.{extension}") != (key, extension) or "\0" in key:
             raise UsageError(f"key {key!r} is empty or has a dot after its last slash; rename it")

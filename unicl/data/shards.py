@@ -45,7 +45,7 @@ class RawSample:
     key: str
     """Name of the sample inside its shard."""
     image: bytes
-    """The encoded image; empty when the sample has none."""
+    """The encoded image or video; empty when the sample has none."""
     text: bytes | None
     """The text as it was stored, hopefully UTF-8; None when the sample has none."""
 

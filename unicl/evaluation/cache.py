@@ -30,6 +30,7 @@ from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
 from unicl.data.progress import Progress, progress_bar
 from unicl.data.prompts import PromptSampler
+from unicl.data.reader import Decode, ImageDecoder
 from unicl.data.shards import RawSample
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError
@@ -41,11 +42,14 @@ logger = logging.getLogger("unicl")
 
 # Samples that are embedded between two writes.
 _BLOCK = 8192
-_MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
 _FORMAT = 2
-# What is wrong with an image itself. What a disk or a right of access kept from being read may be
-# there the next time, so a block that lacks such images is not remembered.
-_LASTING = {"undecodable image", "image too large", "no image"}
+_MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
+# What is wrong with a file itself. What a disk or a right of access kept from being read may be
+# there the next time, so a block that lacks such files is not remembered.
+_LASTING = {
+    *("undecodable image", "image too large", "no image"),
+    *("undecodable video", "video too large", "no video stream", "no frames"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +213,20 @@ def _loader(model: Pretrained, images: ImageSet, setting: Setting) -> Loader:
     return Loader(
         _Numbered(images),
         SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
-        transform=model.transform,
+        decode=decoder_of(model),
         tokenize=_no_tokens,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=setting.batch_size,
         num_workers=setting.num_workers,
         seed=0,
-        max_image_pixels=_MAX_IMAGE_PIXELS,
         max_skipped_share=None,
         ranks=setting.ranks,
     )
+
+
+def decoder_of(model: Pretrained) -> Decode:
+    """Return what makes a model's input of an encoded file."""
+    return model.decode or ImageDecoder(model.transform, _MAX_IMAGE_PIXELS)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
-from PIL import Image
 from torch import Tensor
 
 from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet
+from unicl.data.reader import Decode
 from unicl.errors import UsageError
-from unicl.evaluation.cache import Setting, classifier, image_embeddings, texts_embeddings
+from unicl.evaluation.cache import (
+    Setting,
+    classifier,
+    decoder_of,
+    image_embeddings,
+    texts_embeddings,
+)
 from unicl.evaluation.embeddings import device_of
 from unicl.evaluation.few_shot import draw_episodes
 from unicl.evaluation.few_shot import few_shot as train_heads
@@ -467,15 +473,16 @@ def _examples(
 
 @dataclass(frozen=True)
 class _Mirror:
-    """A transform whose results are mirrored, left to right."""
+    """Decodes what another decoder does, mirrored, left to right."""
 
-    transform: Callable[[Image.Image, int], Tensor]
+    decode: Decode
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        return self.transform(image, seed).flip(-1)
+    def __call__(self, encoded: bytes, seed: int) -> Tensor:
+        return self.decode(encoded, seed).flip(-1)
+
+    def empty(self) -> Tensor:
+        return self.decode.empty()
 
 
 def _mirrored(model: Pretrained) -> Pretrained:
-    return replace(
-        model, transform=_Mirror(model.transform), identity=f"{model.identity}, mirrored"
-    )
+    return replace(model, decode=_Mirror(decoder_of(model)), identity=f"{model.identity}, mirrored")

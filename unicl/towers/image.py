@@ -42,6 +42,7 @@ class ImageTower(nn.Module):
         layer_scale: Initial LayerScale; unset takes the model's own.
         checkpointing: Recompute activations in the backward pass.
         weights: A safetensors file with weights of the backbone, or of a whole run's model.
+        backbone: The backbone itself, where it is not timm's `model` as it is but made of it.
 
     Raises:
         UsageError: Unknown model, a setting that it does not have, or weights that do not fit.
@@ -62,16 +63,19 @@ class ImageTower(nn.Module):
         layer_scale: float | None = None,
         checkpointing: bool = False,
         weights: Path | None = None,
+        backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.backbone = _build_backbone(
-            model,
-            img_size=image_size,
-            window_size=window_size,
-            drop_path_rate=drop_path_rate,
-            layer_scale=layer_scale,
-        )
+        if backbone is None:
+            backbone = _build_backbone(
+                model,
+                img_size=image_size,
+                window_size=window_size,
+                drop_path_rate=drop_path_rate,
+                layer_scale=layer_scale,
+            )
+        self.backbone = backbone
         if weights is not None:
             load_backbone(self.backbone, weights)
         if checkpointing:
@@ -109,17 +113,19 @@ class ImageTower(nn.Module):
         return {f"backbone.{name}": depth for name, depth in depths.items()} | projection
 
     def forward(
-        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+        self, images: UInt8[Tensor, "batch channels *size"] | Float[Tensor, "batch channels *size"]
     ) -> Float[Tensor, "batch embed_dim"]:
         """Return image features; bytes are normalised first, floats are taken as they are."""
         return self.projection(self.pool(images))
 
     def pool(
-        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+        self, images: UInt8[Tensor, "batch channels *size"] | Float[Tensor, "batch channels *size"]
     ) -> Float[Tensor, "batch width"]:
         """Return the backbone's features, before the projection: what a linear probe looks at."""
         if not images.is_floating_point():
-            images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+            per_channel = (-1, *[1] * (images.ndim - 2))
+            mean, std = self.mean.view(per_channel), self.std.view(per_channel)
+            images = images.to(self.mean.dtype).sub_(mean).div_(std)
         return self.backbone(images)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +25,11 @@ class Pretrained:
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts to token numbers [texts, context_length]."""
     transform: Callable[[Image.Image, int], Tensor]
-    """An opened image and a seed, which has no effect, to bytes [3, image_size, image_size]."""
+    """An opened image and a seed, which has no effect, to bytes [3, image_size, image_size], or to
+    a still clip."""
+    decode: Any = None
+    """What makes the image tower's input of an encoded file, a `unicl.data.reader.Decode`; unset
+    decodes images and applies `transform`."""
     image_size: int
     """Side of the images in pixels."""
     context_length: int

@@ -16,6 +16,9 @@ from unicl.towers.text import deduplicate, trim
 
 _POSITIONS = "text.positional_embedding"
 
+Images = UInt8[Tensor, "batch *shape"] | Float[Tensor, "batch *shape"]
+"""Bytes or floats [batch, channels, height, width], or what else the image tower takes."""
+
 
 class TwoTower(nn.Module):
     """Images and texts into unit-length fp32 embeddings of one space.
@@ -57,14 +60,12 @@ class TwoTower(nn.Module):
             getattr(self, tower).eval()
         return self
 
-    def encode_image(
-        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
-    ) -> Float[Tensor, "batch dim"]:
+    def encode_image(self, images: Images) -> Float[Tensor, "batch dim"]:
         """Return the unit-length embeddings of images."""
         return _unit_length(self.image(images))
 
     def encode_image_twice(
-        self, images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"]
+        self, images: Images
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch width"]]:
         """Return the unit-length embeddings of images, and the features they are projected from.
 
@@ -107,7 +108,7 @@ class TwoTower(nn.Module):
 
     def forward(
         self,
-        images: UInt8[Tensor, "batch 3 h w"] | Float[Tensor, "batch channels h w"],
+        images: Images,
         tokens: Int[Tensor, "texts context"],
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "texts dim"], Float[Tensor, ""]]:
         """Return image embeddings, text embeddings and scale: what the loss takes."""

@@ -19,6 +19,7 @@ from unicl.data.hash_table import TextHashTable, text_label
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
+from unicl.data.reader import ImageDecoder
 from unicl.data.shards import ShardSet, ShardWriter, index_shards
 from unicl.distributed import Ranks
 from unicl.errors import UniclError, UsageError
@@ -51,13 +52,15 @@ def shards(tmp_path_factory):
 def make_loader(shards, *, shuffle=True, **changes):
     order = SampleOrder(shards.shard_sizes, seed=3, window=2, shuffle=shuffle)
     settings = {
-        "transform": TrainTransform(12, flip=True),
+        "decode": ImageDecoder(
+            changes.pop("transform", TrainTransform(12, flip=True)),
+            changes.pop("max_image_pixels", 10_000),
+        ),
         "tokenize": tokenize,
         "prompts": PromptSampler("clip", short_text_words=2, seed=3),
         "batch_size": 70,
         "num_workers": 0,
         "seed": 3,
-        "max_image_pixels": 10_000,
         "max_skipped_share": 0.1,
     }
     return Loader(shards, order, **(settings | changes))
@@ -212,7 +215,7 @@ def test_a_bad_sample_is_left_out_and_counted(tmp_path, reason, num_workers):
     clean = Image.open(BytesIO(picture(70)))
     assert torch.equal(
         batches[0].images[70],
-        loader._reader.transform(clean, _seed(loader, position=71)),
+        loader._reader.decode.transform(clean, _seed(loader, position=71)),
     )
 
 

@@ -13,6 +13,7 @@ from unicl.data.augment import EvalTransform
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
+from unicl.data.reader import ImageDecoder
 from unicl.data.shard_writer import ShardWriter
 from unicl.data.shards import ShardSet
 from unicl.evaluation.embeddings import embed_images, embed_texts
@@ -50,13 +51,12 @@ def loader(shards: ShardSet) -> Loader:
     return Loader(
         shards,
         SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
-        transform=EvalTransform(SIZE),
+        decode=ImageDecoder(EvalTransform(SIZE), 10_000),
         tokenize=TOKENIZE,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
         batch_size=5,
         num_workers=0,
         seed=0,
-        max_image_pixels=10_000,
         max_skipped_share=0.0,
     )
 

@@ -21,7 +21,7 @@ from unicl.data.image_sets.class_folder import (
 from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, Metric, choose_split
 from unicl.data.image_sets.images import TarImages
 from unicl.data.shard_index import (
-    IMAGE_EXTENSIONS,
+    MEDIA_EXTENSIONS,
     MISSING,
     Members,
     Shard,
@@ -140,7 +140,7 @@ def _samples(path: Path, extension: str) -> tuple[list[Members], list[tuple[int,
         if sample is None:
             raise UniclError(f"{path} is cut short; download it again")
         key, found = sample
-        image = next((found[name] for name in IMAGE_EXTENSIONS if name in found), MISSING)
+        image = next((found[name] for name in MEDIA_EXTENSIONS if name in found), MISSING)
         samples.append(Members(key, image, MISSING))
         places.append(found.get(extension, MISSING))
     return samples, places

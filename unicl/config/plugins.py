@@ -1,0 +1,108 @@
+"""Tasks beside pretraining: plug-ins of the entry-point group `unicl.tasks`."""
+
+import functools
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources.abc import Traversable
+from typing import Any, Protocol, runtime_checkable
+
+from unicl.config.schema import Recipe
+from unicl.errors import UniclError, UsageError
+
+GROUP = "unicl.tasks"
+PRETRAINING = "pretraining"
+"""The task of a recipe that names none."""
+
+
+@runtime_checkable
+class Plugin(Protocol):
+    """What an adapter adds: a task to train, and a medium besides images to evaluate and search on.
+
+    Importing it imports no torch. What its methods take and give are objects of the rooms above
+    this one, so they are typed there.
+    """
+
+    name: str
+    """How the entry point is called: `task` of its recipes, and `NAME-` before its evaluations."""
+    recipe: type[Recipe]
+    """The fields of pretraining's recipe, and a section of its own called by its name."""
+    recipes: Traversable
+    """Folder of the recipes that it ships."""
+    evaluations: tuple[str, ...]
+    """What `unicl eval` can do with it, without `NAME-` before."""
+
+    def complete(self, recipe: Any) -> Any:
+        """Return a recipe that knows what follows from its data."""
+
+    def build(self, recipe: Any, ranks: Any, *, start: bool) -> Any:
+        """Build `unicl.build.Parts` of a recipe; `start` loads the weights to start from."""
+
+    def load(self, path: Any, recipe: Any) -> Any:
+        """Load a run's model as `unicl.towers.pretrained.Pretrained`."""
+
+    def adapt(self, model: Any, overrides: Mapping[str, str]) -> Any:
+        """Return a `Pretrained` that takes this medium; overrides are of keys of its section."""
+
+    def holds(self, spec: str) -> bool:
+        """Say whether a path leads to a set of this medium."""
+
+    def open_set(self, spec: str, *, split: str, root: Any, kind: str | None) -> Any:
+        """Open a set with classes or captions, as `unicl.data.image_sets.open_image_set` does."""
+
+    def open_items(self, spec: str, *, split: str, root: Any) -> Any:
+        """Open a set or any folder, as `unicl.data.image_sets.open_images` does."""
+
+    def protocol(self, name: str) -> Any:
+        """Return an evaluation that `unicl.evaluation.protocols` has not."""
+
+    def fine_tuning_recipe(self, model: Any, training: Any, overrides: Mapping[str, str]) -> Any:
+        """Return the recipe that fine-tunes a model on the train part of a set."""
+
+    def picture(self, encoded: bytes) -> bytes:
+        """Return an image file that shows what an encoded file holds."""
+
+
+@functools.cache
+def _entries() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def plugin_names() -> tuple[str, ...]:
+    """List the installed plug-ins."""
+    return tuple(sorted(_entries()))
+
+
+@functools.cache
+def find_plugin(name: str) -> Plugin:
+    """Return an installed plug-in.
+
+    Raises:
+        UsageError: There is none of this name.
+        UniclError: It cannot be imported.
+    """
+    if name not in _entries():
+        known = ", ".join((PRETRAINING, *plugin_names()))
+        raise UsageError(f"there is no task {name!r}; installed are {known}")
+    try:
+        plugin: Plugin = _entries()[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UniclError(f"the plug-in {name} cannot be imported: {error}") from error
+    return plugin
+
+
+def split_evaluation(task: str) -> tuple[Plugin | None, str]:
+    """Part `video-retrieval` into the plug-in and its evaluation; none is of the core."""
+    name, dash, evaluation = task.partition("-")
+    return (find_plugin(name), evaluation) if dash and name in _entries() else (None, task)
+
+
+def evaluation_names() -> tuple[str, ...]:
+    """List the evaluations of all plug-ins, as `unicl eval` takes them."""
+    return tuple(
+        f"{name}-{own}" for name in plugin_names() for own in find_plugin(name).evaluations
+    )
+
+
+def recipe_class(task: str) -> type[Recipe]:
+    """Return the class of a task's recipes."""
+    return Recipe if task == PRETRAINING else find_plugin(task).recipe
