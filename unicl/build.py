@@ -17,7 +17,7 @@ from unicl.data.hash_table import TextHashTable
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
-from unicl.data.reader import Decode, ImageDecoder, SampleSet
+from unicl.data.reader import Decode, ImageDecoder, SampleSet, samples_at_once
 from unicl.data.shards import ShardSet
 from unicl.distributed import ALONE, Ranks, joined
 from unicl.engine.backend import Backend
@@ -274,7 +274,7 @@ def build_eval_loader(
         SampleOrder(samples.shard_sizes, seed=0, window=1, shuffle=False),
         decode=decode,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
-        batch_size=recipe.evaluation.batch_size,
+        batch_size=samples_at_once(decode, recipe.evaluation.batch_size),
         seed=0,
         ranks=ranks,
     )

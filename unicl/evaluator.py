@@ -4,17 +4,18 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unicl.config import Plugin, evaluation_names, split_evaluation
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.hash_table import normalise
 from unicl.data.image_sets import (
@@ -79,7 +80,7 @@ class Options:
     precision: str = "fp32"
     """Type of the towers' arithmetic: fp32, bf16 or fp16."""
     batch_size: int = 256
-    """Images or texts per forward pass and rank."""
+    """Images (of videos: frames) or texts per forward pass and rank."""
     num_workers: int = 2
     """Processes that read and decode images."""
     templates: str | None = None
@@ -100,7 +101,11 @@ class Options:
 
 
 def evaluate(
-    model: str | Path, task: str, data: Sequence[str], options: Options | None = None
+    model: str | Path,
+    task: str,
+    data: Sequence[str],
+    options: Options | None = None,
+    overrides: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Evaluate a model by one of the paper's protocols; several ranks share the work.
 
@@ -108,9 +113,11 @@ def evaluate(
 
     Args:
         model: what `unicl.models.load` takes.
-        task: zero-shot, linear-probe, few-shot or retrieval.
+        task: zero-shot, linear-probe, few-shot or retrieval; those of a plug-in have its name
+            before, such as video-retrieval.
         data: names of known sets, or folders; `all` is the paper's sets, as far as they are there.
         options: where and how.
+        overrides: keys of a plug-in's section, such as {"video.num_clips": "4"}.
 
     Example: `evaluate("open_clip:ViT-B-32/openai", "zero-shot", ["cifar10", "photos/"])`.
 
@@ -121,27 +128,41 @@ def evaluate(
     options = Options() if options is None else options
     if isinstance(data, str):  # to Python a list of letters
         raise UsageError(f"data must be a list, got one str: put {data!r} in brackets")
-    if task not in TASKS:
-        known = ", ".join(TASKS)
+    plugin, protocol = split_evaluation(task)
+    if protocol not in (TASKS if plugin is None else plugin.evaluations):
+        known = ", ".join((*TASKS, *evaluation_names()))
         raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")
+    if overrides and plugin is None:
+        raise UsageError(f"--{next(iter(overrides))} is a key of a plug-in's tasks only")
     check(options)
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         # Opened before the model is loaded: a name that is wrong is told at once.
-        work = ranks.together(lambda: _open_all(task, data, options))
-        probe = ranks.together(lambda: _open_probe(task, options))
-        loaded = ranks.together(lambda: load(model, device=str(device)))
+        work = ranks.together(lambda: _open_all(protocol, data, options, plugin))
+        probe = ranks.together(lambda: _open_probe(protocol, options))
+        loaded = ranks.together(lambda: load_for(plugin, model, str(device), overrides))
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
         # Asked now, for embedding a set may take hours.
         ranks.together(lambda: _require_writable(out) if ranks.first else None)
         results = []
         for parts in work:
-            result, keep = _run(task, loaded, parts, probe, setting, options)
+            result, keep = _run(protocol, loaded, parts, probe, setting, options)
             results.append(result)
             ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
             logger.info("%s: %s %s", result.name, result.headline, _percent(result))
     return results
+
+
+def load_for(
+    plugin: Plugin | None,
+    model: str | Path,
+    device: str,
+    overrides: Mapping[str, str] | None = None,
+) -> Pretrained:
+    """Load a model, and let it see a plug-in's medium if one is given."""
+    loaded = load(model, device=device)
+    return loaded if plugin is None else plugin.adapt(loaded, overrides or {})
 
 
 def _require_writable(folder: Path) -> None:
@@ -278,16 +299,18 @@ class _Parts:
     validation: ClassificationSet | None = None
 
 
-def _open_all(task: str, data: Sequence[str], options: Options) -> list[_Parts]:
+def _open_all(
+    task: str, data: Sequence[str], options: Options, plugin: Plugin | None
+) -> list[_Parts]:
     """Open every set before anything is computed; of the papers' sets those that are there."""
     if not data:
         raise UsageError("name at least one set: a known one, a folder, or all")
     opened = []
     for name in data:
         if name != "all":
-            opened.append(_open(task, name, options))
+            opened.append(_open(task, name, options, plugin))
             continue
-        if task not in _PAPERS_SETS:
+        if plugin is not None or task not in _PAPERS_SETS:
             raise UsageError(f"the sets of {task} have no name here; give folders")
         opened += _open_papers(task, options)
     return opened
@@ -316,14 +339,13 @@ def _open_papers(task: str, options: Options) -> list[_Parts]:
     return there
 
 
-def _open(task: str, name: str, options: Options) -> _Parts:
+def _open(task: str, name: str, options: Options, plugin: Plugin | None = None) -> _Parts:
     def part(split: str) -> Any:
+        kind: Literal["captions", "classes"] = "captions" if task == "retrieval" else "classes"
+        if plugin is not None:
+            return plugin.open_set(name, split=split, root=options.root, kind=kind)
         return open_image_set(
-            name,
-            split=split,
-            root=options.root,
-            download=options.download,
-            kind="captions" if task == "retrieval" else "classes",
+            name, split=split, root=options.root, download=options.download, kind=kind
         )
 
     test = part(options.split)
@@ -367,6 +389,9 @@ def _run(
             seed=options.seed,
         )
         return result, _keep_nothing
+    if task == "recognition":
+        result, seen = protocols.recognition(model, test, setting)
+        return result, partial(save_answers, seen, test)
     if task == "zero-shot":
         result, answers = protocols.zero_shot(model, test, setting, templates=options.ensemble)
         named = {"templates": options.templates or "the set's own"}

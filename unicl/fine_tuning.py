@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.build import train
-from unicl.config import Recipe, load_recipe, parse_recipe, recipe_to_toml
+from unicl.config import Plugin, Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.prepare import is_finished, prepare
 from unicl.data.progress import progress_bar
@@ -30,7 +30,8 @@ from unicl.models import OPEN_CLIP, choose_device, full_name, load, read_recipe,
 
 logger = logging.getLogger("unicl")
 
-_EPOCHS = {"finetune_classes": 10, "finetune_captions": 12}
+_RECIPES = {"classes": ("finetune_classes", 10), "captions": ("finetune_captions", 12)}
+"""Recipe and epochs by what a set has."""
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SHORTEST = 20
 """Steps that a fine-tuning takes at least, however small the set."""
@@ -42,6 +43,7 @@ def fine_tune(
     data: str,
     options: Options,
     overrides: Mapping[str, str] | None = None,
+    plugin: Plugin | None = None,
 ) -> Result:
     """Train a model on a set's `train` part, then evaluate it on `options.split`.
 
@@ -53,6 +55,7 @@ def fine_tune(
         data: a set with a part `train`; with classes or with captions.
         options: where and how; `out` is needed.
         overrides: keys of the recipe, such as {"trainer.steps": "100"}.
+        plugin: whose medium the set is of; unset are images. It trains on the set as it lies.
 
     Raises:
         UsageError: there is no such model, set or part, or `out` is missing or holds other data.
@@ -61,13 +64,15 @@ def fine_tune(
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
     check(options)
     out = options.out
-    test = _open(data, options.split, options)
+    test = _open(data, options.split, options, plugin)
     warn_of_classes(test, by_name=True)
-    training = _open(data, "train", options)
+    training = _open(data, "train", options, plugin)
     overrides = {"trainer.device": options.device, **(overrides or {})}
-    recipe = fine_tuning_recipe(model, training, out, overrides)
+    shards = out / "data" if plugin is None else Path(data).resolve()
+    recipe = fine_tuning_recipe(model, training, shards, overrides, plugin)
+    if plugin is None:
+        _prepare_first(training, out)
     device = choose_device(recipe.trainer.device)
-    _prepare_first(training, out)
     _require_same_steps(out / "run", recipe)
     with joined(
         device,
@@ -80,6 +85,8 @@ def fine_tune(
         if isinstance(test, CaptionSet):
             result = protocols.retrieval(tuned, test, setting)
             result = replace(result, task="retrieval_fine_tuned")
+        elif tuned.classes:
+            result, _ = protocols.recognition(tuned, test, setting)
         else:
             result, _ = protocols.zero_shot(tuned, test, setting, templates=options.ensemble)
             result = replace(result, task="fine_tune")
@@ -94,19 +101,23 @@ def fine_tune(
 def fine_tuning_recipe(
     model: str | Path,
     training: ClassificationSet | CaptionSet,
-    out: Path,
+    data: Path,
     overrides: Mapping[str, str],
+    plugin: Plugin | None = None,
 ) -> Recipe:
     """Return the paper's recipe with the model's towers, and as many steps as its epochs take.
 
     Where a set is smaller than the paper's batch, the batch is the set.
     """
     if isinstance(training, CaptionSet):
-        name, num_samples = "finetune_captions", sum(len(texts) for texts in training.captions)
+        kind, num_samples = "captions", sum(len(texts) for texts in training.captions)
     else:
-        name, num_samples = "finetune_classes", training.num_samples
+        kind, num_samples = "classes", training.num_samples
+    name, epochs = (_RECIPES if plugin is None else plugin.fine_tuning)[kind]
     model = full_name(model)
     base, towers = load_recipe(name), recipe_of(model)
+    if plugin is not None:
+        base = plugin.follow(base, towers)
     whole = replace(
         base,
         embed_dim=towers.embed_dim,
@@ -114,7 +125,7 @@ def fine_tuning_recipe(
         weights=None if model.startswith(OPEN_CLIP) else model,
         image_tower=replace(towers.image_tower, weights=None, locked=False),
         text_tower=replace(towers.text_tower, locked=False),
-        data=replace(base.data, train=str(out / "data")),
+        data=replace(base.data, train=str(data)),
         trainer=replace(
             base.trainer,
             batch_size=max(2, min(base.trainer.batch_size, num_samples)),
@@ -122,7 +133,7 @@ def fine_tuning_recipe(
     )
     text = recipe_to_toml(whole)
     given = parse_recipe(text, overrides, source=name)
-    steps = max(_SHORTEST, -(-_EPOCHS[name] * num_samples // given.trainer.batch_size))
+    steps = max(_SHORTEST, -(-epochs * num_samples // given.trainer.batch_size))
     steps = given.trainer.steps if "trainer.steps" in overrides else steps
     found = {
         "trainer.steps": str(steps),
@@ -131,8 +142,14 @@ def fine_tuning_recipe(
     return parse_recipe(text, {**found, **overrides}, source=name)
 
 
-def _open(data: str, split: str, options: Options) -> ClassificationSet | CaptionSet:
-    opened = open_image_set(data, split=split, root=options.root, download=options.download)
+def _open(
+    data: str, split: str, options: Options, plugin: Plugin | None
+) -> ClassificationSet | CaptionSet:
+    opened: ClassificationSet | CaptionSet
+    if plugin is not None:
+        opened = plugin.open_set(data, split=split, root=options.root, kind=None)
+    else:
+        opened = open_image_set(data, split=split, root=options.root, download=options.download)
     if isinstance(opened, ClassificationSet) and opened.targets.ndim == 2:
         raise UsageError(f"fine-tuning needs one class per image; {opened} has several")
     return opened

@@ -67,7 +67,7 @@ def start_from(recipe: Recipe, model: TwoTower) -> TwoTower:
         UniclError: there are no such weights, or they do not fit.
     """
     if recipe.weights is not None:
-        file, weights = _read_model(Path(recipe.weights))
+        file, weights = read_weights(Path(recipe.weights))
         if recipe.model is None:
             weights = carry_model(weights, model, source=file)
         set_weights(weights, model, source=file)
@@ -365,7 +365,7 @@ def load_run(path: Path, model: TwoTower) -> TwoTower:
     return model.eval()
 
 
-def _read_model(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def read_weights(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Read the weights that a run, a checkpoint or a file has, and say from which file."""
     if path.suffix in _RELEASE:
         from unicl.towers.release import load_release

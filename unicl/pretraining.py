@@ -101,15 +101,22 @@ class StepFlops:
     Args:
         model: The two towers.
         image_shape: Shape of one image, or of what else the image tower takes.
+        images_per_sample: How many of these a sample has, such as frames.
         context_length: Longest text in tokens; shorter ones cost proportionally less, which takes
             attention's small quadratic part as linear.
     """
 
     def __init__(
-        self, model: TwoTower, *, image_shape: tuple[int, ...], context_length: int
+        self,
+        model: TwoTower,
+        *,
+        image_shape: tuple[int, ...],
+        context_length: int,
+        images_per_sample: int = 1,
     ) -> None:
         text = count_flops(model.text, (1, context_length), torch.int64)
         self.per_image = count_flops(model.image, (1, *image_shape), torch.float32)
+        self.per_image *= images_per_sample
         self.per_token = text / context_length
         self.per_image *= 3 if _learns(model.image) else 1
         self.per_token *= 3 if _learns(model.text) else 1

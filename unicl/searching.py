@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unicl.config import Plugin, find_plugin, plugin_names
 from unicl.data.augment import open_image
 from unicl.data.image_sets import (
     KNOWN_SETS,
@@ -26,7 +27,7 @@ from unicl.data.image_sets import (
 from unicl.distributed import joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
-from unicl.evaluator import Options, check, setting_of
+from unicl.evaluator import Options, check, load_for, setting_of
 from unicl.models import choose_device, lasting_name, load
 from unicl.predictor import Predictor, naming, read_image
 from unicl.search.change import chosen_kind
@@ -42,8 +43,21 @@ logger = logging.getLogger("unicl")
 _NUM_TEXTS = 1000
 
 
-def embed(model: str | Path, data: str, options: Options) -> Collection | None:
+def embed(
+    model: str | Path,
+    data: str,
+    options: Options,
+    overrides: Mapping[str, str] | None = None,
+) -> Collection | None:
     """Embed the images of a set or folder into `options.out`; several ranks share the work.
+
+    Where the set holds a plug-in's medium, such as videos, these are embedded.
+
+    Args:
+        model: what `unicl.models.load` takes.
+        data: a set, or any folder.
+        options: where and how.
+        overrides: keys of the plug-in's section, such as {"video.num_frames": "8"}.
 
     Returns:
         What was written; None on every rank but the first, which writes.
@@ -56,16 +70,17 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
     if out is None:
         raise UsageError("where shall the embeddings go? name a folder with --out")
     check(options)
+    plugin = _holder(data)
+    if overrides and plugin is None:
+        raise UsageError(f"--{next(iter(overrides))} has no effect on images; leave it out")
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         ranks.together(lambda: require_empty(out))
         images = ranks.together(
-            lambda: open_images(
-                data, split=options.split, root=options.root, download=options.download
-            )
+            lambda: _open(data, split=options.split, root=options.root, download=options.download)
         )
         options = replace(options, split=images.split or options.split)  # which may be another
-        loaded = ranks.together(lambda: load(model, device=str(device)))
+        loaded = ranks.together(lambda: load_for(plugin, model, str(device), overrides))
         blocks = image_blocks(loaded, images, setting_of(options, ranks))
         if not ranks.first:
             for _ in blocks:  # the first rank writes; the others help it to embed
@@ -83,6 +98,20 @@ def embed(model: str | Path, data: str, options: Options) -> Collection | None:
             "".join(f", {count} left out: {reason}" for reason, count in images.skipped.items()),
         )
         return written
+
+
+def _holder(data: str) -> Plugin | None:
+    """Return the plug-in whose medium a set or folder holds; None where these are images."""
+    plugins = map(find_plugin, plugin_names())
+    return next((plugin for plugin in plugins if plugin.holds(data)), None)
+
+
+def _open(data: str, *, split: str, root: Path, download: bool = False) -> ImageSet:
+    plugin = _holder(data)
+    if plugin is None:
+        return open_images(data, split=split, root=root, download=download)
+    opened: ImageSet = plugin.open_items(data, split=split, root=root)
+    return opened
 
 
 def _items(images: ImageSet, rows: Iterable[int], options: Options) -> list[Item]:
@@ -375,7 +404,7 @@ def write_page(path: Path, searched: Searched) -> None:
         place = json.loads(item.where)
         key = (place["set"], place["root"], place["split"])
         if key not in sets:
-            sets[key] = open_images(place["set"], split=place["split"], root=Path(place["root"]))
+            sets[key] = _open(place["set"], split=place["split"], root=Path(place["root"]))
         return sets[key].read(place["row"]).image
 
     index = searched.index

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
+from unicl.config import evaluation_names, split_evaluation
 from unicl.data.atomic import require_parent
 from unicl.errors import UsageError, no_model
 from unicl.export import FORMATS
@@ -52,7 +53,8 @@ def _add_eval(commands: Any) -> None:
         allow_abbrev=False,
     )
     command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
-    command.add_argument("task", metavar="TASK", choices=_TASKS, help=", ".join(_TASKS))
+    tasks = (*_TASKS, *evaluation_names())
+    command.add_argument("task", metavar="TASK", choices=tasks, help=", ".join(tasks))
     command.add_argument(
         "data",
         metavar="DATA",
@@ -96,7 +98,7 @@ def _add_embed(commands: Any) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_sets(command)
     _add_arithmetic(command)
-    command.set_defaults(run=_embed, takes_overrides=False)
+    command.set_defaults(run=_embed, takes_overrides=True)
 
 
 def _add_index(commands: Any) -> None:
@@ -217,24 +219,25 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    plugin, task = split_evaluation(arguments.task)
     for option, tasks in _OPTIONS_OF_TASKS.items():
-        if getattr(arguments, option) is not None and arguments.task not in tasks:
+        if getattr(arguments, option) is not None and task not in tasks:
             raise UsageError(f"--{option} is an option of {' and '.join(tasks)} only")
     if arguments.csv is not None:
         require_parent(arguments.csv)
     from unicl.evaluator import evaluate, show
 
     options = _options(arguments)
-    if arguments.task == "fine-tune":
+    if task == "fine-tune":
         from unicl.fine_tuning import fine_tune
 
         if len(arguments.data) != 1:
-            raise UsageError(f"fine-tune takes one set, got {len(arguments.data)}")
-        results = [fine_tune(arguments.model, arguments.data[0], options, overrides)]
-    elif overrides:
+            raise UsageError(f"{arguments.task} takes one set, got {len(arguments.data)}")
+        results = [fine_tune(arguments.model, arguments.data[0], options, overrides, plugin)]
+    elif overrides and plugin is None:
         raise UsageError(f"--{next(iter(overrides))} is a key of fine-tune's recipe only")
     else:
-        results = evaluate(arguments.model, arguments.task, arguments.data, options)
+        results = evaluate(arguments.model, arguments.task, arguments.data, options, overrides)
     if os.environ.get("RANK", "0") == "0":
         show(results, csv=arguments.csv)
 
@@ -266,7 +269,7 @@ def _options(arguments: argparse.Namespace) -> Any:
 def _embed(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from unicl.searching import embed
 
-    embed(arguments.model, arguments.data, _options(arguments))
+    embed(arguments.model, arguments.data, _options(arguments), overrides)
 
 
 def _index(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

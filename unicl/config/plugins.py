@@ -30,6 +30,8 @@ class Plugin(Protocol):
     """Folder of the recipes that it ships."""
     evaluations: tuple[str, ...]
     """What `unicl eval` can do with it, without `NAME-` before."""
+    fine_tuning: Mapping[str, tuple[str, int]]
+    """Recipe and epochs that fine-tune on a set with `classes` or `captions`."""
 
     def complete(self, recipe: Any) -> Any:
         """Return a recipe that knows what follows from its data."""
@@ -52,14 +54,15 @@ class Plugin(Protocol):
     def open_items(self, spec: str, *, split: str, root: Any) -> Any:
         """Open a set or any folder, as `unicl.data.image_sets.open_images` does."""
 
-    def protocol(self, name: str) -> Any:
-        """Return an evaluation that `unicl.evaluation.protocols` has not."""
+    def follow(self, recipe: Any, towers: Recipe) -> Any:
+        """Return a recipe of the plug-in whose section suits the towers of another recipe."""
 
-    def fine_tuning_recipe(self, model: Any, training: Any, overrides: Mapping[str, str]) -> Any:
-        """Return the recipe that fine-tunes a model on the train part of a set."""
+    def picture(self, encoded: bytes) -> bytes | None:
+        """Return an image file that shows an encoded file of this medium; None for others.
 
-    def picture(self, encoded: bytes) -> bytes:
-        """Return an image file that shows what an encoded file holds."""
+        Raises:
+            UniclError: It is damaged.
+        """
 
 
 @functools.cache

@@ -333,7 +333,7 @@ class EvaluationConfig:
     templates: Literal["none", "clip", "simple"] = "simple"
     """Prompt ensemble of the zero-shot classifier."""
     batch_size: int = 256
-    """Images or texts per forward pass."""
+    """Images (of clips: frames) or texts per forward pass."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "evaluation", "batch_size")

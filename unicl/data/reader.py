@@ -4,6 +4,7 @@ A piece of a batch is a pure function of its positions. What cannot be used is n
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,12 @@ class Decode(Protocol):
 
     def empty(self) -> Tensor:
         """Return a uint8 tensor [0, *shape of a decoded sample]."""
+
+
+def samples_at_once(decode: Decode, num_images: int) -> int:
+    """Return how many samples hold about so many images: as many of images, fewer of clips."""
+    *frames, _, _ = decode.empty().shape[1:]
+    return max(1, num_images // max(1, math.prod(frames) // 3))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
 from unicl.data.progress import Progress, progress_bar
 from unicl.data.prompts import PromptSampler
-from unicl.data.reader import Decode, ImageDecoder
+from unicl.data.reader import Decode, ImageDecoder, samples_at_once
 from unicl.data.shards import RawSample
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError
@@ -57,7 +57,7 @@ class Setting:
     """How images and texts are embedded; no figure depends on it, but for rounding."""
 
     batch_size: int = 256
-    """Images or texts per forward pass and rank."""
+    """Images (of clips: frames) or texts per forward pass and rank."""
     num_workers: int = 2
     """Processes that read and decode."""
     autocast: torch.dtype | None = None
@@ -120,7 +120,8 @@ def image_blocks(
     """
     entry = None
     if setting.cache is not None:
-        key = _key(model, setting, "images", images.fingerprint)
+        reading = f" {json.dumps(dict(model.reading))}" if model.reading else ""
+        key = _key(model, setting, f"images{reading}", images.fingerprint)
         entry = setting.cache / key
         about = {"model": model.name, "images": str(images), "num_images": images.num_samples}
         setting.ranks.together(lambda: _describe(entry, about) if setting.ranks.first else None)
@@ -210,13 +211,14 @@ def _key(model: Pretrained, setting: Setting, kind: str, content: str) -> str:
 
 
 def _loader(model: Pretrained, images: ImageSet, setting: Setting) -> Loader:
+    decode = decoder_of(model)
     return Loader(
         _Numbered(images),
         SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
-        decode=decoder_of(model),
+        decode=decode,
         tokenize=_no_tokens,
         prompts=PromptSampler("none", short_text_words=0, seed=0),
-        batch_size=setting.batch_size,
+        batch_size=samples_at_once(decode, setting.batch_size),
         num_workers=setting.num_workers,
         seed=0,
         max_skipped_share=None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from unicl.config import find_plugin, plugin_names
 from unicl.data.augment import UndecodableImage, open_image, upright
 from unicl.errors import UniclError
 
@@ -146,14 +147,14 @@ def thumbnail(image: bytes, *, side: int) -> bytes:
     """Return a small JPEG of an image as the model sees it, but uncropped.
 
     Args:
-        image: an image file's bytes.
+        image: the bytes of an image file, or of another medium that a plug-in can show.
         side: pixels of its longer side at most. Images that are far smaller are enlarged by a
             whole number: scans of 8 x 8 pixels would be a blur in a browser.
 
     Raises:
         UndecodableImage: the bytes are no image, or damaged.
     """
-    with open_image(image) as opened:
+    with open_image(_shown(image)) as opened:
         small = upright(opened, longer_side=2 * side)
     small.thumbnail((side, side))
     times = side // 2 // max(small.size)
@@ -162,6 +163,12 @@ def thumbnail(image: bytes, *, side: int) -> bytes:
     file = BytesIO()
     small.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _shown(encoded: bytes) -> bytes:
+    """Return an image file that shows an encoded file: itself, unless a plug-in knows better."""
+    pictures = (find_plugin(name).picture(encoded) for name in plugin_names())
+    return next((picture for picture in pictures if picture is not None), encoded)
 
 
 def dot(run: int | None) -> str:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from unicl.data.hash_table import normalise
 from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet
 from unicl.data.reader import Decode
 from unicl.errors import UsageError
@@ -126,6 +127,52 @@ def zero_shot(
     skipped = _left_out(images, embedded.skipped)
     return (
         _result("zero_shot", model, images, setting, figures, len(rows), skipped, protocol, start),
+        answers,
+    )
+
+
+def recognition(
+    model: Pretrained, images: ClassificationSet, setting: Setting
+) -> tuple[Result, Answers]:
+    """Name samples by the model's own classification head (Florence 3.8).
+
+    Args:
+        model: with a head; its probabilities are the mean over a sample's views.
+        images: samples of one class each; the head must know the classes' names.
+        setting: how to embed.
+
+    Raises:
+        UsageError: the model has no head, or another one's, or samples have several classes.
+    """
+    start = time.perf_counter()
+    if not model.classes:
+        raise UsageError(f"{model.name} has no classification head; evaluate it by zero-shot")
+    if images.targets.ndim == 2:
+        raise UsageError(f"a head names one class per sample; {images} has several")
+    numbers = {normalise(name): number for number, name in enumerate(model.classes)}
+    unknown = [name for name in images.class_names if normalise(name) not in numbers]
+    if unknown:
+        raise UsageError(
+            f"the head of {model.name} does not know {len(unknown)} of the "
+            f"{len(images.class_names)} classes of {images}, such as {unknown[0]!r}: it was "
+            "trained on another set"
+        )
+    own = np.array([numbers[normalise(name)] for name in images.class_names])
+    embedded = image_embeddings(model, images, setting)
+    rows, scores = embedded.rows.numpy(), embedded.embeddings
+    targets = torch.from_numpy(own[images.targets[rows]])
+    ranks = class_ranks(scores, targets)
+    shares, best = scores.topk(min(5, scores.shape[1]))
+    answers = Answers(
+        model.classes,
+        _confusion(len(model.classes), targets, best[:, 0]),
+        _examples(model.classes, rows, targets, best, shares, ranks),
+    )
+    figures = _of_ranks(ranks, targets, images)
+    protocol = {"num_classes": len(model.classes)}
+    skipped = _left_out(images, embedded.skipped)
+    return (
+        _result("fine_tune", model, images, setting, figures, len(rows), skipped, protocol, start),
         answers,
     )
 
@@ -338,6 +385,7 @@ def _result(
             "split": images.split,
             "image_size": model.image_size,
             "precision": "fp32" if setting.autocast is None else str(setting.autocast)[6:],
+            **model.reading,
             **protocol,
         },
         seconds=time.perf_counter() - start,

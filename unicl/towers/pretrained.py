@@ -1,7 +1,7 @@
 """A model and all that its use takes, wherever it comes from."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -37,6 +37,11 @@ class Pretrained:
     identity: str
     """What tells its embeddings from those of other models, besides the values of the weights:
     architecture, activation, transform."""
+    classes: tuple[str, ...] = ()
+    """Names of the outputs, where these are a head's probabilities of classes."""
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    """How the model reads its samples, such as the frames of a clip; told with each result. The
+    space of the embeddings does not depend on it."""
 
     @cached_property
     def fingerprint(self) -> str:
