@@ -5,6 +5,7 @@ for the folders of classes in their order, and `templates.txt`, a prompt per lin
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,42 @@ from unicl.data.sources import class_name, visible_folder
 from unicl.errors import UsageError
 
 _PARTS = ("train", "val", "test")
-_EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
-def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
+@dataclass(frozen=True)
+class Medium:
+    """What the files of a folder are."""
+
+    noun: str
+    """What messages call one of them."""
+    extensions: tuple[str, ...]
+    """Of the files; others are passed over."""
+    templates: tuple[str, ...]
+    """The prompt ensemble where a folder has none of its own."""
+    expected: str
+    """Where they may lie in a set, for messages."""
+
+    def includes(self, path: str) -> bool:
+        """Say whether a path is called like such a file, and not hidden."""
+        name = os.path.basename(path)
+        return name.lower().endswith(self.suffixes) and not name.startswith(".")
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The extensions with their dots."""
+        return tuple(f".{extension}" for extension in self.extensions)
+
+
+IMAGES = Medium(
+    "image",
+    IMAGE_EXTENSIONS,
+    DEFAULT_TEMPLATES,
+    "CLASS/IMAGE.jpg in it (or in train, val, test), CLIP_benchmark's test/nshards.txt, or "
+    "dataset.json of prepared shards",
+)
+
+
+def open_class_folder(folder: Path, *, split: str, medium: Medium = IMAGES) -> ClassificationSet:
     """Open a part of a folder of class folders; see `opening.open_image_set`.
 
     The classes are those of all parts together, so that their numbers agree. One without images is
@@ -40,13 +73,13 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     part = parts.get(split, folder)
     names = sorted({path.name for each in parts.values() or [folder] for path in _folders(each)})
     if not names:
-        raise UsageError(
-            f"{folder} is no image set; expected CLASS/IMAGE.jpg in it (or in train, val, test), "
-            "CLIP_benchmark's test/nshards.txt, or dataset.json of prepared shards"
-        )
+        raise UsageError(f"{folder} is no {medium.noun} set; expected {medium.expected}")
     present = {name: number for number, name in enumerate(names) if (part / name).is_dir()}
     # torchvision refuses a part without any class.
-    listed = make_dataset(part, present, None, _is_image, allow_empty=True) if present else []
+    listed = make_dataset(part, present, None, medium.includes, allow_empty=True) if present else []
+    if not listed:
+        name = f"{folder} ({split})" if parts else folder
+        raise UsageError(f"{name} holds no {medium.noun}s; expected {', '.join(medium.suffixes)}")
     # A fingerprint looks at each file once more, but not every command needs one, and the second
     # look is answered from memory: it takes a tenth of a second for 50,000 files.
     found = [(path, number) for path, number in listed if os.path.exists(path)]
@@ -54,7 +87,7 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
     others = [path for path in parts.values() if path != part]
     absent = [names[number] for number in sorted({*range(len(names))}.difference(targets.tolist()))]
     # In one part a class may well have no image: such a class is looked for in the others.
-    empty = [name for name in absent if not any(_has_image(path / name) for path in others)]
+    empty = [name for name in absent if not any(_holds(path / name, medium) for path in others)]
     return ClassificationSet(
         name=str(folder),
         split=split if parts else "",
@@ -63,29 +96,29 @@ def open_class_folder(folder: Path, *, split: str) -> ClassificationSet:
         skipped=_broken_links(len(listed) - len(found)),
         class_names=_class_names(folder, names),
         empty_classes=tuple(empty),
-        templates=read_templates(folder / "templates.txt"),
+        templates=read_templates(folder / "templates.txt", medium.templates),
         targets=targets,
         metric="top1",
     )
 
 
-def is_parted(folder: Path) -> bool:
+def is_parted(folder: Path, medium: Medium = IMAGES) -> bool:
     """Say whether a folder holds nothing but parts of class folders, and no image beside them."""
     parts = list(_parts(folder).values())
-    loose = any(_is_image(path.name) for each in (folder, *parts) for path in each.iterdir())
+    loose = any(medium.includes(path.name) for each in (folder, *parts) for path in each.iterdir())
     return not loose and any(_folders(part) for part in parts)
 
 
-def open_loose_images(folder: Path) -> ImageSet:
+def open_loose_files(folder: Path, medium: Medium = IMAGES) -> ImageSet:
     """Open all images of a folder and of those below it, whatever they are called.
 
     Raises:
         UsageError: There is no image.
     """
-    listed = [path for path in folder.rglob("*") if _is_image(str(path))]
+    listed = [path for path in folder.rglob("*") if medium.includes(str(path))]
     found = sorted(path.relative_to(folder) for path in listed if path.exists())
     if not listed:
-        raise UsageError(f"{folder} has no image; expected {', '.join(_EXTENSIONS)}")
+        raise UsageError(f"{folder} has no {medium.noun}; expected {', '.join(medium.suffixes)}")
     names = [str(path) for path in found]
     return ImageSet(
         name=str(folder),
@@ -100,13 +133,9 @@ def _broken_links(count: int) -> dict[str, int]:
     return {"broken link": count} if count else {}
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(_EXTENSIONS) and not os.path.basename(path).startswith(".")
-
-
-def _has_image(folder: Path) -> bool:
+def _holds(folder: Path, medium: Medium) -> bool:
     below = os.walk(folder, followlinks=True)
-    return any(_is_image(name) for _, _, names in below for name in names)
+    return any(medium.includes(name) for _, _, names in below for name in names)
 
 
 def _parts(folder: Path) -> dict[str, Path]:
@@ -153,15 +182,17 @@ def read_class_names(path: Path) -> tuple[str, ...] | None:
     return tuple(lines)
 
 
-def read_templates(path: Path) -> tuple[str, ...]:
+def read_templates(path: Path, default: tuple[str, ...] = DEFAULT_TEMPLATES) -> tuple[str, ...]:
     """Read prompt templates, one a line, with `{}` or CLIP_benchmark's `{c}` for the class.
+
+    Without such a file it is the default.
 
     Raises:
         UsageError: A template has no single place for the class, or there are none.
     """
     lines = read_lines(path)
     if lines is None:
-        return DEFAULT_TEMPLATES
+        return default
     templates = tuple(line.replace("{c}", "{}") for line in lines if line)
     for template in templates:
         if template.count("{}") != 1:

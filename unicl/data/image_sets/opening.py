@@ -9,7 +9,7 @@ from typing import Literal
 from unicl.data.image_sets.class_folder import (
     is_parted,
     open_class_folder,
-    open_loose_images,
+    open_loose_files,
 )
 from unicl.data.image_sets.digits import open_digits
 from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, ImageSet
@@ -80,7 +80,7 @@ def open_images(spec: str, *, split: str = "test", root: Path, download: bool = 
     known = spec in KNOWN_SETS or not folder.is_dir()
     if known or prepared_parts(folder) is not None or is_webdataset(folder) or is_parted(folder):
         return open_image_set(spec, split=split, root=root, download=download)
-    opened = open_loose_images(folder)
+    opened = open_loose_files(folder)
     return replace(opened, name=_own_name(opened.name))
 
 
