@@ -1,0 +1,82 @@
+"""Video files, and whether a path holds any; without torch."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from adapters.video.annotations import find_annotations
+from unicl.data.shard_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, tar_samples
+from unicl.errors import UniclError
+
+KNOWN_VIDEO_SETS = ("kinetics400", "kinetics600", "kinetics700", "msrvtt")
+"""The sets that have a name of their own, which is that of their folder."""
+
+_LOOKS = 1000
+
+
+def holds_videos(spec: str) -> bool:
+    """Say whether what a person typed is a set of videos, or a folder of them.
+
+    Of a folder without annotations, the first folder below it that has videos or images decides by
+    what it has more of, of tars the first; no more than 1,000 folders are looked into.
+    """
+    path = Path(spec)
+    if spec in KNOWN_VIDEO_SETS:
+        return True
+    if path.is_file():
+        return _extension(path.name) in VIDEO_EXTENSIONS or find_annotations(path) is not None
+    if not spec or not path.is_dir():
+        return False
+    return find_annotations(path) is not None or _mostly_videos(path)
+
+
+def find_videos(folder: Path) -> dict[str, list[str]]:
+    """Find all videos below a folder: their paths in it, by their names before the suffix."""
+    found = defaultdict(list)
+    for place, names in _walk(folder):
+        inner = os.path.relpath(place, folder)
+        for name in names:
+            if _extension(name) in VIDEO_EXTENSIONS and not name.startswith("."):
+                path = os.path.normpath(os.path.join(inner, name))
+                found[os.path.splitext(name)[0]].append(path)
+    return dict(found)
+
+
+def _mostly_videos(folder: Path) -> bool:
+    for place, names in islice(_walk(folder), _LOOKS):
+        names = [name for name in names if not name.startswith(".")]
+        extensions = [_extension(name) for name in names]
+        videos = sum(extension in VIDEO_EXTENSIONS for extension in extensions)
+        images = sum(extension in IMAGE_EXTENSIONS for extension in extensions)
+        if videos or images:
+            return videos > images
+        if "tar" in extensions:
+            return _begins_with_video(Path(place, names[extensions.index("tar")]))
+    return False
+
+
+def _begins_with_video(tar: Path) -> bool:
+    with suppress(UniclError):  # who opens it will say what is wrong with it
+        sample = next(tar_samples(tar), None)
+        return sample is not None and any(name in VIDEO_EXTENSIONS for name in sample[1])
+    return False
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Go through a folder and those below it in a fixed order, into each once, links or not."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield place, sorted(names)
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
