@@ -6,7 +6,6 @@ Florence 2.3 puts it in place of Swin's patch embedding and patch merging, 3.8 i
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +25,8 @@ class ConvEmbedding(nn.Module):
 
     The last two axes are space and padded with zeros. An axis before them is time, whose ends are
     repeated instead: a clip of one still image then gives the features of that image everywhere.
+    The padding of time is how often the first frame is repeated; the last one is as often as it
+    takes to give one step for each stride begun.
 
     Args:
         in_chans: Channels of the input.
@@ -53,13 +54,21 @@ class ConvEmbedding(nn.Module):
     def forward(self, x: Float[Tensor, "n c_in *size"]) -> Float[Tensor, "n *map c"]:
         """Embed channels-first input into channels-last tokens."""
         self._check(x)
-        if any(self.shape.padding[:-2]):
-            time = self.shape.padding[0]
-            x = F.pad(x, (0, 0, 0, 0, time, time), mode="replicate")
+        if x.ndim == 5:
+            x = self._repeat_ends(x)
         # With the channels last in memory the convolution is faster on images, and its output has
         # the layout that the norm wants; between stages the input has it already.
         layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
         return self.norm(self.proj(x.contiguous(memory_format=layout)).movedim(1, -1))
+
+    def _repeat_ends(self, x: Float[Tensor, "n c t h w"]) -> Float[Tensor, "n c padded h w"]:
+        frames = x.shape[2]
+        kernel, stride, before = (numbers[0] for numbers in self.shape)
+        steps = -(-frames // stride)
+        after = (steps - 1) * stride + kernel - before - frames
+        # Not by F.pad, which would copy a map into another layout first.
+        parts = [x[:, :, :1]] * before + [x] + [x[:, :, -1:]] * after
+        return torch.cat(parts, 2) if len(parts) > 1 else x
 
     def _check(self, x: Tensor) -> None:
         kernel, _, padding = self.shape
@@ -69,5 +78,6 @@ class ConvEmbedding(nn.Module):
                 f"expected [n, {self.proj.in_channels}, *size] with {len(kernel)} axes of size, "
                 f"got {list(x.shape)}"
             )
-        if any(s + 2 * p < k for s, p, k in zip(size, padding, kernel, strict=True)):
+        space = list(zip(size, padding, kernel, strict=True))[-2:]
+        if 0 in size or any(s + 2 * p < k for s, p, k in space):
             raise ValueError(f"an input of size {size} is too small for the kernel {kernel}")
