@@ -6,7 +6,7 @@ are read. Nothing here opens a file, so nothing is unpickled.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def carry_weights(
     state_dict: Mapping[str, Tensor],
     model: nn.Module,
     *,
-    window_size: tuple[int, ...] | None = None,
+    window_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weights of any CoSwin in the shapes and names of `model`.
 
@@ -84,19 +84,23 @@ def carry_weights(
     Args:
         state_dict: Weights in the key layout of the public CoSwin code, of two or three dimensions.
         model: The CoSwin that is to take them; it is not changed.
-        window_size: The window that the weights were trained with; needed where a table's length
-            does not tell.
+        window_size: The window that the weights were trained with, or one for each stage; needed
+            where a table's length does not tell.
 
     Raises:
         ValueError: The weights are of another architecture.
     """
     target = model.state_dict()
     weights = _normalise_names(state_dict, target)
+    dims, own = weights[_STEM].ndim - 2, target[_STEM].ndim - 2
+    if dims > own:
+        raise ValueError(f"weights of {dims} dimensions cannot be carried to a model of {own}")
     for name, module in model.named_modules():
         key = f"{name}.{_TABLE}"
         if isinstance(module, WindowAttention) and key in weights:
             rows = weights[key].shape[0]
-            source = window_size or _infer_window(rows, module.window_size)
+            source = _stage_window(window_size, stage=int(name.split(".")[1]))
+            source = source or _infer_window(rows, module.window_size, dims=dims)
             weights[key] = resize_bias_table(weights[key], source=source, target=module.window_size)
         elif isinstance(module, nn.Conv2d | nn.Conv3d) and f"{name}.weight" in weights:
             key = f"{name}.weight"
@@ -132,17 +136,43 @@ def _normalise_names(
     return weights
 
 
-def _infer_window(rows: int, target: tuple[int, ...]) -> tuple[int, ...]:
-    """Guess a table's window: the target's, a square, or the target's in another extent of time."""
-    if rows == math.prod(_sides(target)):
-        return target
-    side = math.isqrt(rows)
-    if side * side == rows and side % 2:
-        return (side // 2 + 1,) * 2
-    time, rest = divmod(rows, math.prod(_sides(target[-2:])))
-    if rest == 0 and time % 2:
-        return (time // 2 + 1, *target[-2:])
-    raise ValueError(f"cannot tell the window of a bias table with {rows} rows: pass window_size")
+def _stage_window(
+    window_size: Sequence[int] | Sequence[Sequence[int]] | None, *, stage: int
+) -> tuple[int, ...] | None:
+    if window_size is None:
+        return None
+    sides = [side for side in window_size if isinstance(side, int)]
+    if len(sides) == len(window_size):
+        return tuple(sides)
+    windows = [window for window in window_size if not isinstance(window, int)]
+    if stage >= len(windows):
+        raise ValueError(f"window_size is given for {len(windows)} stages, not for {stage + 1}")
+    return tuple(windows[stage])
+
+
+def _infer_window(rows: int, target: tuple[int, ...], *, dims: int) -> tuple[int, ...]:
+    """Guess the window of a table in weights of `dims` dimensions.
+
+    The target's if the length fits; else a square over the same time, or the same sides over
+    another time, if only one of the two fits.
+    """
+    own = target[-dims:]
+    if rows == math.prod(_sides(own)):
+        return own
+    time, space = own[:-2], own[-2:]
+    fits = []
+    area, rest = divmod(rows, math.prod(_sides(time)))
+    side = math.isqrt(area)
+    if rest == 0 and side * side == area and side % 2:
+        fits.append((*time, side // 2 + 1, side // 2 + 1))
+    extent, rest = divmod(rows, math.prod(_sides(space)))
+    if time and rest == 0 and extent % 2:
+        fits.append((extent // 2 + 1, *space))
+    if len(fits) != 1:
+        raise ValueError(
+            f"cannot tell the window of a bias table with {rows} rows: pass window_size"
+        )
+    return fits[0]
 
 
 def _take_head(weights: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:

@@ -141,3 +141,53 @@ def test_an_oblong_window_must_be_told():
         carry_weights(source.state_dict(), _model(window_size=6))
     weights = carry_weights(source.state_dict(), _model(window_size=6), window_size=(2, 5))
     assert weights["layers.0.blocks.0.attn.relative_position_bias_table"].shape == (121, 1)
+
+
+@pytest.mark.parametrize("time", [1, 5, 13])
+def test_a_table_is_read_in_the_dimensions_of_its_weights(time):
+    """Of 9 or 25 offsets in time, a table of video is as long as one of a larger square."""
+    source = _model(**{**VIDEO, "window_size": (time, 3, 3)})
+    model = _model(**{**VIDEO, "window_size": (4, 3, 3)})
+    weights = carry_weights(source.state_dict(), model)
+    key = "layers.1.blocks.0.attn.relative_position_bias_table"
+    table = source.state_dict()[key]
+    expected = resize_bias_table(table, source=(time, 3, 3), target=(4, 3, 3))
+    assert torch.equal(weights[key], expected)
+    images = _model(window_size=time)
+    model = _model(**{**VIDEO, "window_size": (5, 2, 2)})
+    weights = carry_weights(images.state_dict(), model)
+    table = images.state_dict()[key]
+    expected = resize_bias_table(table, source=(time, time), target=(5, 2, 2))
+    assert torch.equal(weights[key], expected)
+
+
+def test_windows_of_video_grow_in_time_and_keep_the_middle():
+    """Offset 0 of time keeps its biases, whatever the extents; so a clip of one step does, too."""
+    windows = ((2, 3, 3), (4, 3, 3), (4, 3, 3), (8, 3, 3))
+    source = _model(**{**VIDEO, "window_size": windows})
+    longer = ((4, 3, 3), (8, 3, 3), (8, 3, 3), (16, 3, 3))
+    model = _model(**{**VIDEO, "window_size": longer})
+    _load(model, source.state_dict())
+    clip = torch.randn(1, 3, 2, 40, 40)
+    torch.testing.assert_close(model(clip), source(clip), rtol=1e-5, atol=1e-5)
+    back = _model(**{**VIDEO, "window_size": windows})
+    _load(back, model.state_dict())
+    torch.testing.assert_close(back(clip), source(clip), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_changes_in_space_and_time_must_be_told():
+    windows = ((2, 4, 4), (4, 4, 4), (4, 4, 4), (4, 4, 4))
+    source = _model(**{**VIDEO, "window_size": windows}).state_dict()
+    model = _model(**{**VIDEO, "window_size": (3, 3, 3)})
+    with pytest.raises(ValueError, match=r"cannot tell the window .* 147 rows: pass window_size"):
+        carry_weights(source, model)
+    with pytest.raises(ValueError, match="given for 2 stages, not for 3"):
+        carry_weights(source, model, window_size=windows[:2])
+    with pytest.raises(ValueError, match=r"window \(4, 4, 4\) has 343 rows, got 147"):
+        carry_weights(source, model, window_size=(4, 4, 4))
+    assert carry_weights(source, model, window_size=windows).keys() == source.keys()
+
+
+def test_weights_of_video_do_not_become_those_of_images():
+    with pytest.raises(ValueError, match="3 dimensions cannot be carried to a model of 2"):
+        carry_weights(_model(**VIDEO).state_dict(), _model())
