@@ -16,8 +16,8 @@ from unicl.data.loader import Batch, Tokenize
 from unicl.distributed import Ranks
 from unicl.errors import UniclError, UsageError
 
-# Similarities that differ by less may owe their order to fp32's rounding.
-_NEAR = 1e-6
+NEAR = 1e-6
+"""Similarities that differ by less may owe their order to fp32's rounding."""
 # Equal embeddings need not give equal sums to the last bit of fp64.
 _EQUAL = 1e-12
 # So many near ones are no coincidence: the model embeds them alike.
@@ -245,17 +245,16 @@ def count_before(
     """
     counts = ~right if spared is None else ~(right | spared)
     best = similarities.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    near = (similarities - best).abs() < _NEAR
-    exact = similarities.double()
-    margin = torch.full((len(similarities), 1), _EQUAL, dtype=torch.float64)
+    before = (counts & (similarities >= best + NEAR)).sum(dim=1)
+    near = (similarities > best - NEAR) & (similarities < best + NEAR)
     for row in (near & counts).any(dim=1).nonzero()[:, 0].tolist():
         columns = near[row].nonzero()[:, 0]
-        if len(columns) > _MOST_NEAR:
-            margin[row] = _NEAR
-        else:
-            exact[row, columns] = items[listed[row, columns]].double() @ queries[row].double()
-    best = exact.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (counts & (exact >= best - margin)).sum(dim=1)
+        wrong = counts[row, columns]
+        if len(columns) <= _MOST_NEAR:
+            exact = items[listed[row, columns]].double() @ queries[row].double()
+            wrong &= exact >= exact[right[row, columns]].amax() - _EQUAL
+        before[row] += wrong.sum()
+    return before
 
 
 def device_of(model: TwoTowers) -> torch.device:
