@@ -35,7 +35,8 @@ from unicl.evaluation.answers import save_answers
 from unicl.evaluation.cache import Setting
 from unicl.evaluation.embeddings import autocast_of
 from unicl.evaluation.linear_probe import LinearProbe
-from unicl.evaluation.published import Published, published
+from unicl.evaluation.page import figure
+from unicl.evaluation.published import Published, is_rank, published
 from unicl.evaluation.results import Result, save_result, to_csv
 from unicl.models import choose_device, load
 from unicl.towers.pretrained import Pretrained
@@ -150,7 +151,7 @@ def evaluate(
             result, keep = _run(protocol, loaded, parts, probe, setting, options)
             results.append(result)
             ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
-            logger.info("%s: %s %s", result.name, result.headline, _percent(result))
+            logger.info("%s: %s %s", result.name, result.headline, _headline(result))
     return results
 
 
@@ -215,8 +216,8 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
                 escape(result.name),
                 metric,
                 f"{result.num_images:,}",
-                f"{result.metrics[metric]:.1%}",
-                "" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}",
+                figure(metric, result.metrics[metric]),
+                " to ".join(figure(metric, end) for end in interval or ()),
                 *(_beside(beside.get(peer), result.dataset, metric) for peer in peers),
             )
     console = Console()
@@ -231,12 +232,12 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
 
 
 def _beside(peer: Published | None, dataset: str, metric: str) -> str:
-    figure = peer.figures[dataset].get(metric) if peer is not None else None
-    return "" if figure is None else f"{figure:.1f}%"
+    printed = peer.figures[dataset].get(metric) if peer is not None else None
+    return "" if printed is None else f"{printed:.1f}{'' if is_rank(metric) else '%'}"
 
 
-def _percent(result: Result) -> str:
-    return f"{result.metrics[result.headline]:.1%}"
+def _headline(result: Result) -> str:
+    return figure(result.headline, result.metrics[result.headline])
 
 
 def check(options: Options) -> None:

@@ -63,6 +63,10 @@ def test_every_protocol_leaves_a_result(capsys: pytest.CaptureFixture[str]) -> N
     assert results["zero_shot", "digits"].num_images == 500
     shown = capsys.readouterr().out
     assert f"{results['linear_probe', 'digits'].metrics['top1']:.1%}" in shown
+    ranks = results["retrieval", "held_out"].metrics
+    (line,) = (line for line in shown.splitlines() if "t2i_mean_rank" in line)
+    assert line.split("\u2502")[4].strip() == f"{ranks['t2i_mean_rank']:.1f}"
+    assert 1 <= ranks["t2i_median_rank"] <= 18
     answers = load_answers(Path("run/evaluation/zero_shot_held_out"))
     assert answers is not None
     assert answers.confusion is not None

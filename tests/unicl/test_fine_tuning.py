@@ -80,7 +80,8 @@ def test_captions_are_fine_tuned_for_retrieval(
     overrides = {**QUICK, "trainer.steps": "3"}
     result = fine_tune(place / "run", str(place / "set"), options(tmp_path), overrides)
     assert result.task == "retrieval_fine_tuned"
-    assert set(result.metrics) == {f"{side}_r{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+    figures = ("r1", "r5", "r10", "median_rank", "mean_rank")
+    assert set(result.metrics) == {f"{side}_{name}" for side in ("i2t", "t2i") for name in figures}
     assert ShardSet.open(tmp_path / "data").num_samples == 36
     assert read_results(tmp_path / "run" / "evaluation") == [result]
     recipe = read_recipe(tmp_path / "run")

@@ -13,6 +13,7 @@ from PIL import Image
 from unicl.config import find_plugin, plugin_names
 from unicl.data.augment import UndecodableImage, open_image, upright
 from unicl.errors import UniclError
+from unicl.evaluation.published import is_rank
 
 RUN_COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
 """The style sheet's names for the colours of several runs."""
@@ -235,6 +236,11 @@ def _class(column: Column, *, head: bool = False) -> str:
 def _cell(cell: Cell) -> str:
     text, aside = (cell, "") if isinstance(cell, str) else cell
     return f"{escape(text)}<small>{escape(aside)}</small>" if aside else escape(text)
+
+
+def figure(metric: str, value: float) -> str:
+    """A metric's value as a person reads it: 71.3% of a share, 2.0 of a rank."""
+    return f"{value:,.1f}" if is_rank(metric) else percent(value)
 
 
 def percent(share: float | None) -> str:

@@ -36,7 +36,7 @@ from unicl.evaluation.metrics import (
     wilson_interval,
 )
 from unicl.evaluation.results import Result
-from unicl.evaluation.retrieval import recall
+from unicl.evaluation.retrieval import rank_metrics, right_ranks
 from unicl.evaluation.zero_shot import rank_classes
 from unicl.towers.pretrained import Pretrained
 
@@ -344,11 +344,13 @@ def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result
     times = torch.tensor(numbers).bincount()
     num_owners = right[:, 1].bincount()
     sides = {
-        "i2t": recall(embedded.embeddings, unique, right, _KS),
-        "t2i": recall(unique, embedded.embeddings, right.flip(1), _KS, weights=times.double()),
+        "i2t": right_ranks(embedded.embeddings, unique, right),
+        "t2i": right_ranks(unique, embedded.embeddings, right.flip(1), times),
     }
     metrics = {
-        f"{side}_r{k}": value for side, recalls in sides.items() for k, value in recalls.items()
+        f"{side}_{name}": value
+        for side, ranks in sides.items()
+        for name, value in rank_metrics(ranks, _KS).items()
     }
     # No interval: captions of one image do not fail or succeed independently.
     figures = metrics, None

@@ -1,7 +1,7 @@
 """Figures that Florence's and CLIP's papers report, to stand beside one's own.
 
-All are in percent, as printed. A set is named as in `unicl.data.image_sets`, a metric as there or
-as the evaluators name it.
+All are as printed, in percent but for ranks. A set is named as in `unicl.data.image_sets`, a
+metric as there or as the evaluators name it.
 """
 
 from collections.abc import Mapping
@@ -83,12 +83,17 @@ class Published:
     source: str
     """The paper and its table."""
     figures: Figures
-    """Percent by set and metric."""
+    """Percent by set and metric; ranks as they are."""
 
 
 def published(task: Task, name: str) -> tuple[Published, ...]:
     """Return what is published of a task on a set; nothing for a set that no paper has."""
     return tuple(row for row in PUBLISHED if row.task == task and name in row.figures)
+
+
+def is_rank(metric: str) -> bool:
+    """Whether a metric is a place in a list, of which 1 is best, and no share."""
+    return metric.endswith("_rank")
 
 
 def reported_part(dataset: str) -> str:

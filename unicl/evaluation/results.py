@@ -23,7 +23,7 @@ _TASKS: dict[Task, str] = {
     "linear_probe": "linear_probe",
     "retrieval": "zeroshot_retrieval",
 }
-# They have no word for the 11-point mean: it keeps ours, map11.
+# They have no word for the 11-point mean and for ranks: these keep ours, map11, t2i_mean_rank, ...
 _METRICS = {
     "top1": "acc1",
     "top5": "acc5",
@@ -48,7 +48,8 @@ class Result:
     model: str
     """The model, as it was named."""
     metrics: Mapping[str, float]
-    """Shares in 0..1 by name: top1, top5, mean_per_class, map11, i2t_r1, ..."""
+    """By name: shares in 0..1 (top1, mean_per_class, map11, i2t_r1, ...), and ranks of which 1 is
+    best (i2t_median_rank, i2t_mean_rank, ...)."""
     headline: str
     """Name of the metric that the papers report of this set."""
     interval: tuple[float, float] | None = None
@@ -277,7 +278,7 @@ def to_csv(results: Iterable[Result]) -> str:
     for result in results:
         fields = result.to_json()
         # A millionth of a set is less than an image; more digits are noise of the arithmetic.
-        metrics = {name: round(share, 6) for name, share in fields.pop("metrics").items()}
+        metrics = {name: round(value, 6) for name, value in fields.pop("metrics").items()}
         del fields["unicl"]
         name = f"{fields['model']} {fields['pretrained']}".rstrip()
         rows.append({**metrics, **fields, "model_fullname": name})

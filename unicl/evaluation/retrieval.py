@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl.data.hash_table import text_label
 from unicl.data.loader import Tokenize
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import (
+    NEAR,
     Embedded,
     Samples,
     TwoTowers,
@@ -27,11 +28,12 @@ from unicl.evaluation.embeddings import (
     embed_texts,
 )
 
-# Best items looked at per query, however small k is; a longer tie counts as a miss.
-_TIES = 63
+# Best items that FAISS lists per query; few right ones of a good model are not among them.
+_LISTED = 64
 
-# Queries whose best items exist at one time.
+# Queries whose best items exist at one time, and similarities of those that are compared with all.
 _QUERIES_AT_ONCE = 2048
+_SIMILARITIES_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,14 @@ class Retrieval:
         found = Pairs.of(embedded)
         images = embedded.embeddings[found.image_rows]
         texts = self._texts(model, found.texts)
-        image_to_text = recall(images, texts, found.pairs, self.ks)
-        text_to_image = recall(texts, images, found.pairs.flip(1), self.ks)
+        sides = {
+            "i2t": right_ranks(images, texts, found.pairs),
+            "t2i": right_ranks(texts, images, found.pairs.flip(1)),
+        }
         return {
-            f"{self.prefix}/{direction}_r{k}": value
-            for direction, recalls in (("i2t", image_to_text), ("t2i", text_to_image))
-            for k, value in recalls.items()
+            f"{self.prefix}/{side}_{name}": value
+            for side, ranks in sides.items()
+            for name, value in recalls(ranks, self.ks).items()
         }
 
     def search(
@@ -169,55 +173,89 @@ class Retrieval:
         return embed_texts(model, texts, self.tokenize, self.batch_size, autocast=self.autocast)
 
 
-def recall(
+def right_ranks(
     queries: Float[Tensor, "num_queries dim"],
     items: Float[Tensor, "num_items dim"],
     pairs: Int[Tensor, "num_pairs 2"],
-    ks: Sequence[int],
-    weights: Float64[Tensor, " num_queries"] | None = None,
-) -> dict[int, float]:
-    """Share of the queries with a right item among the best k, for each k.
+    times: Int[Tensor, " num_queries"] | None = None,
+) -> Int[Tensor, " num_ranks"]:
+    """Rank of the best right item of each query that has one, in the queries' order; 1 is best.
 
-    Only queries that have a right item count. Ties count against the model: a right item is among
-    the best k when fewer than k wrong ones are at least as similar; a collapsed model scores zero,
-    not by luck. Memory holds the best items of some queries, never all similarities.
+    Exact, as in fp64. Ties count against the model: a rank is one more than the number of wrong
+    items that are at least as similar, so that a collapsed model ranks last, not by luck. FAISS
+    finds the best items; all are compared only for a query whose right ones are not among them.
+    Memory holds the similarities of some queries at a time, never all.
 
     Args:
         queries: unit-length embeddings of what is asked.
         items: unit-length embeddings of what is searched.
-        ks: where the list of the best is cut.
         pairs: number of the query and number of a right item, in any order, without repetition.
-        weights: how often each query counts; None counts each once.
+        times: how often each query's rank is given; None gives each once.
     """
-    faiss = load_faiss()
     asked = pairs[:, 0].unique()
-    depth = min(max(*ks, _TIES) + 1, len(items))
-    codes = (pairs[:, 0] * len(items) + pairs[:, 1]).numpy()
-    searched = items.contiguous().numpy()
-    ranks = []
-    for block in asked.split(_QUERIES_AT_ONCE):
-        similarities, best = faiss.knn(
-            queries[block].numpy(), searched, depth, metric=faiss.METRIC_INNER_PRODUCT
-        )
-        right = np.isin(block.numpy()[:, None] * len(items) + best, codes)
-        seen = right.any(axis=1)
-        if depth < len(items):
-            # A tie that goes on past the end of the list: nobody knows how many wrong items it has.
-            last_right = np.where(right, similarities, -np.inf).max(axis=1)
-            seen &= last_right > similarities[:, -1]
-        found = torch.from_numpy(seen)
-        before = torch.full((len(block),), depth)
-        before[found] = count_before(
-            torch.from_numpy(similarities[seen]),
-            torch.from_numpy(right[seen]),
-            queries[block[found]],
-            items,
-            torch.from_numpy(best[seen]),
-        )
-        ranks.append(before)
-    counts = torch.ones(len(asked)).double() if weights is None else weights[asked]
-    found = torch.cat(ranks)
-    return {k: (((found < k).double() @ counts) / counts.sum()).item() for k in ks}
+    before = [
+        _count_before(block, queries, items, pairs) for block in asked.split(_QUERIES_AT_ONCE)
+    ]
+    ranks = torch.cat(before) + 1
+    return ranks if times is None else ranks.repeat_interleave(times[asked])
+
+
+def _count_before(
+    block: Int[Tensor, " num_asked"],
+    queries: Float[Tensor, "num_queries dim"],
+    items: Float[Tensor, "num_items dim"],
+    pairs: Int[Tensor, "num_pairs 2"],
+) -> Int[Tensor, " num_asked"]:
+    """Wrong items that come before the right ones of these queries."""
+    faiss = load_faiss()
+    depth = min(_LISTED, len(items))
+    similarities, best = map(
+        torch.from_numpy,
+        faiss.knn(
+            queries[block].numpy(),
+            items.contiguous().numpy(),
+            depth,
+            metric=faiss.METRIC_INNER_PRODUCT,
+        ),
+    )
+    right = torch.isin(block[:, None] * len(items) + best, pairs @ torch.tensor([len(items), 1]))
+    # Beyond the end of the list there may be items as similar as its last, right ones among them.
+    end = similarities[:, -1] + NEAR if depth < len(items) else torch.full((1,), -torch.inf)
+    listed = similarities.masked_fill(~right, -torch.inf).amax(dim=1) > end
+    before = torch.empty_like(block)
+    before[listed] = count_before(
+        similarities[listed], right[listed], queries[block[listed]], items, best[listed]
+    )
+    for rows in (~listed).nonzero()[:, 0].split(max(1, _SIMILARITIES_AT_ONCE // len(items))):
+        before[rows] = _count_before_all(block[rows], queries, items, pairs)
+    return before
+
+
+def _count_before_all(
+    block: Int[Tensor, " num_asked"],
+    queries: Float[Tensor, "num_queries dim"],
+    items: Float[Tensor, "num_items dim"],
+    pairs: Int[Tensor, "num_pairs 2"],
+) -> Int[Tensor, " num_asked"]:
+    right = torch.zeros(len(block), len(items), dtype=torch.bool)
+    askers, right_items = pairs[torch.isin(pairs[:, 0], block)].T.contiguous()
+    right[torch.searchsorted(block, askers), right_items] = True
+    every = torch.arange(len(items)).expand(len(block), -1)
+    return count_before(queries[block] @ items.T, right, queries[block], items, every)
+
+
+def recalls(ranks: Int[Tensor, " num_ranks"], ks: Sequence[int]) -> dict[str, float]:
+    """Share of the queries with a right item among the best k, in 0..1: `r1`, `r5`, ..."""
+    return {f"r{k}": (ranks <= k).double().mean().item() for k in ks}
+
+
+def rank_metrics(ranks: Int[Tensor, " num_ranks"], ks: Sequence[int]) -> dict[str, float]:
+    """Recalls, and beside them `median_rank` and `mean_rank` (MdR and MnR of video retrieval)."""
+    return {
+        **recalls(ranks, ks),
+        "median_rank": float(np.median(ranks.numpy())),
+        "mean_rank": ranks.double().mean().item(),
+    }
 
 
 def flat_index(embeddings: Float[Tensor, "num_items dim"]) -> Any:

@@ -244,7 +244,11 @@ def test_retrieval_is_clip_benchmarks(
     theirs = zeroshot_retrieval.evaluate(
         Peer(model, embeddings), batches, tokenize, "cpu", False, recall_k_list=[1, 5, 10]
     )
-    assert result.to_json()["metrics"] == pytest.approx(theirs, abs=1e-6)
+    ours = result.to_json()["metrics"]
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)
+    assert ours.keys() - theirs.keys() == {
+        f"{side}_{kind}_rank" for side in ("i2t", "t2i") for kind in ("median", "mean")
+    }
     assert result.protocol["num_texts"] == sum(map(len, captioned.captions))
     assert result.protocol["shared_captions"] == 0
 

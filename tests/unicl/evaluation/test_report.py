@@ -11,7 +11,8 @@ from PIL import Image
 
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, SavedExample
-from unicl.evaluation.page import flatten, percent, picture, thumbnail
+from unicl.evaluation.page import figure, flatten, percent, picture, thumbnail
+from unicl.evaluation.published import Published
 from unicl.evaluation.report import FoundImage, Report, Run, TextQuery, render, write_report
 from unicl.evaluation.results import Result
 
@@ -146,8 +147,8 @@ def test_every_text_is_escaped() -> None:
 
 def test_figures_of_both_runs() -> None:
     html = render(full())
-    for figure in ("71.2%", "61.1%", "12.3%", "45.6%", "0.053%", "1,200", "1,900", "402 samples"):
-        assert figure in html
+    for shown in ("71.2%", "61.1%", "12.3%", "45.6%", "0.053%", "1,200", "1,900", "402 samples"):
+        assert shown in html
     assert "70.0% to 72.5%" in html
     assert "59.9% to 62.3%" in html
 
@@ -322,3 +323,42 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 )
 def test_shares_in_percent(share: float | None, text: str) -> None:
     assert percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("t2i_r1", 0.7134, "71.3%"),
+        ("t2i_median_rank", 2.0, "2.0"),
+        ("i2t_mean_rank", 12345.678, "12,345.7"),
+    ],
+)
+def test_ranks_are_no_shares(metric: str, value: float, text: str) -> None:
+    assert figure(metric, value) == text
+
+
+def test_ranks_stand_below_recalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"t2i_r1": 43.1, "t2i_median_rank": 2.0}
+    paper = Published(
+        model="P", task="retrieval", resolution=None, protocol="p", source="s",
+        figures={"clips": figures},
+    )  # fmt: skip
+    monkeypatch.setattr("unicl.evaluation.published.PUBLISHED", (paper,))
+    result = Result(
+        task="retrieval",
+        dataset="clips",
+        model="m",
+        metrics={"t2i_r1": 0.5, "t2i_r10": 0.75, "t2i_median_rank": 1.5, "i2t_mean_rank": 16.84},
+        headline="t2i_r1",
+        num_images=1000,
+    )
+    html = render(Report(title="t", runs=[Run(name="ours", results=[result])]))
+    cells = [
+        re.findall(r"<td[^>]*>([^<]*)", row)[1:] for row in re.findall("<tr>(.*?)</tr>", html, re.S)
+    ]
+    assert [row for row in cells if len(row) == 3][:4] == [
+        ["text to image, R@1", "50.0%", "43.1%"],
+        ["text to image, R@10", "75.0%", "-"],
+        ["text to image, median rank", "1.5", "2.0"],
+        ["image to text, mean rank", "16.8", "-"],
+    ]

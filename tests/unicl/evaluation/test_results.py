@@ -114,3 +114,16 @@ def test_a_table_for_a_person_and_a_spreadsheet(model: str, full_name: str) -> N
     (row,) = csv.DictReader(to_csv(results).splitlines())
     assert row["model_fullname"] == full_name
     assert (row["acc1"], row["acc5"]) == ("0.3", "0.666667")
+
+
+def test_ranks_are_written_by_their_own_names(tmp_path: Path) -> None:
+    metrics = {"t2i_r1": 0.5, "t2i_median_rank": 1.5, "t2i_mean_rank": 16.8}
+    result = replace(
+        RESULT, task="retrieval", metrics=metrics, headline="t2i_r1", interval=None, protocol={}
+    )
+    path = save_result(tmp_path, result)
+    assert read_result(path) == result
+    assert result.shown == [*metrics]
+    (row,) = csv.DictReader(to_csv([result]).splitlines())
+    assert row["image_retrieval_recall@1"] == "0.5"
+    assert (row["t2i_median_rank"], row["t2i_mean_rank"]) == ("1.5", "16.8")

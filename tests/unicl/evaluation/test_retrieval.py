@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
@@ -11,37 +10,72 @@ from torch.nn.functional import normalize
 from tests.unicl.evaluation.toys import KnowingModel, ToySamples, every_name, tokenize
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import embed_images
-from unicl.evaluation.retrieval import Pairs, Retrieval, recall
+from unicl.evaluation.retrieval import Pairs, Retrieval, rank_metrics, recalls, right_ranks
 
 KS = (1, 5, 10)
 
 
-def brute_force(queries: Tensor, items: Tensor, pairs: Tensor, k: int) -> float:
-    """Recall at k with every similarity at once; ties count against the model."""
-    found = []
+def brute_force(queries: Tensor, items: Tensor, pairs: Tensor) -> list[int]:
+    """Ranks by every similarity in fp64; ties count against the model."""
+    ranks = []
     for query in sorted(set(pairs[:, 0].tolist())):
         right = set(pairs[pairs[:, 0] == query, 1].tolist())
-        similarities = (items @ queries[query]).tolist()
+        similarities = (items.double() @ queries[query].double()).tolist()
         best = max(similarities[item] for item in right)
-        before = [s for item, s in enumerate(similarities) if item not in right and s >= best]
-        found.append(len(before) < k)
-    return float(np.mean(found))
+        before = [
+            s for item, s in enumerate(similarities) if item not in right and s >= best - 1e-12
+        ]
+        ranks.append(1 + len(before))
+    return ranks
 
 
-@pytest.mark.parametrize(("num_queries", "num_items"), [(40, 60), (60, 40), (30, 4), (1, 1)])
-def test_recall_agrees_with_brute_force(num_queries: int, num_items: int) -> None:
+def drawn(num: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(num, width, generator=generator), dim=1)
+
+
+@pytest.mark.parametrize("num_at_once", [1 << 21, 1000, 1])
+@pytest.mark.parametrize(
+    ("num_queries", "num_items"), [(40, 60), (60, 40), (30, 4), (1, 1), (50, 700), (300, 64)]
+)
+def test_ranks_agree_with_brute_force(
+    monkeypatch: pytest.MonkeyPatch, num_queries: int, num_items: int, num_at_once: int
+) -> None:
+    monkeypatch.setattr("unicl.evaluation.retrieval._SIMILARITIES_AT_ONCE", num_at_once)
+    monkeypatch.setattr("unicl.evaluation.retrieval._QUERIES_AT_ONCE", 64)
     generator = torch.Generator().manual_seed(num_queries)
-    queries = normalize(torch.randn(num_queries, 8, generator=generator), dim=1)
-    items = normalize(torch.randn(num_items, 8, generator=generator), dim=1)
-    # Several right items per query, several queries per item, and queries without any.
-    pairs = (torch.rand(num_queries, num_items, generator=generator) < 0.05).nonzero()
+    queries, items = drawn(num_queries, 8, 1), drawn(num_items, 8, 2)
+    # Several right items per query, several queries per item, queries without any, and duplicates.
+    items[num_items // 2 :] = items[: num_items - num_items // 2].clone()
+    pairs = (torch.rand(num_queries, num_items, generator=generator) < 0.03).nonzero()
     pairs = torch.cat([pairs, torch.tensor([[0, 0]])]).unique(dim=0)
     shuffled = pairs[torch.randperm(len(pairs), generator=generator)]
-    expected = {k: brute_force(queries, items, pairs, k) for k in KS}
-    assert recall(queries, items, shuffled, KS) == pytest.approx(expected)
+    expected = brute_force(queries, items, pairs)
+    assert right_ranks(queries, items, shuffled).tolist() == expected
 
 
-def test_recall_agrees_with_clip_benchmark() -> None:
+def test_a_query_counts_as_often_as_it_is_asked() -> None:
+    queries, items = drawn(20, 8, 1), drawn(200, 8, 2)
+    pairs = torch.tensor([[row, 3 * row] for row in range(20) if row != 7])
+    times = torch.arange(20) % 4
+    asked = torch.arange(20).repeat_interleave(times)
+    places = [p for p in range(len(asked)) if asked[p] != 7]
+    repeated = torch.tensor([[place, 3 * int(asked[place])] for place in places])
+    expected = brute_force(queries[asked], items, repeated)
+    assert right_ranks(queries, items, pairs, times).tolist() == expected
+    assert max(expected) > 64
+
+
+def test_metrics_of_ranks() -> None:
+    ranks = torch.tensor([1, 2, 7, 100])
+    assert rank_metrics(ranks, (1, 5)) == {
+        "r1": 0.25, "r5": 0.5, "median_rank": 4.5, "mean_rank": 27.5,
+    }  # fmt: skip
+    assert recalls(ranks, (1, 10)) == {"r1": 0.25, "r10": 0.75}
+    assert rank_metrics(ranks[:3], ())["median_rank"] == 2.0
+
+
+def test_recalls_agree_with_clip_benchmark() -> None:
     # Five texts per image, as in Flickr30k and COCO; more queries than are searched at one time.
     generator = torch.Generator().manual_seed(0)
     images = normalize(torch.randn(500, 32, generator=generator), dim=1)
@@ -53,34 +87,37 @@ def test_recall_agrees_with_clip_benchmark() -> None:
     pairs = torch.stack([image_of, torch.arange(2500)], dim=1)
 
     def clip_benchmark(scores: Tensor, positive: Tensor, k: int) -> float:
-        recalls = batchify(recall_at_k, scores, positive, 64, "cpu", k=k)
-        return (recalls > 0).double().mean().item()
+        found = batchify(recall_at_k, scores, positive, 64, "cpu", k=k)
+        return (found > 0).double().mean().item()
 
-    to_image = {k: clip_benchmark(scores, positive, k) for k in KS}
-    to_text = {k: clip_benchmark(scores.T, positive.T, k) for k in KS}
-    assert recall(texts, images, pairs.flip(1), KS) == pytest.approx(to_image, abs=1e-6)
-    assert recall(images, texts, pairs, KS) == pytest.approx(to_text, abs=1e-6)
-    assert 0.1 < to_image[1] < to_text[1] < to_text[10] < 1
+    to_image = {f"r{k}": clip_benchmark(scores, positive, k) for k in KS}
+    to_text = {f"r{k}": clip_benchmark(scores.T, positive.T, k) for k in KS}
+    ranks = right_ranks(texts, images, pairs.flip(1))
+    assert recalls(ranks, KS) == pytest.approx(to_image, abs=1e-6)
+    assert ranks.tolist() == brute_force(texts, images, pairs.flip(1))
+    assert recalls(right_ranks(images, texts, pairs), KS) == pytest.approx(to_text, abs=1e-6)
+    assert 0.1 < to_image["r1"] < to_text["r1"] < to_text["r10"] < 1
 
 
-def test_a_collapsed_model_scores_nothing() -> None:
-    same = normalize(torch.ones(300, 24), dim=1)
-    pairs = torch.arange(300)[:, None].expand(-1, 2)
-    assert recall(same, same, pairs, KS) == {1: 0.0, 5: 0.0, 10: 0.0}
+@pytest.mark.parametrize("num", [30, 300])
+def test_a_collapsed_model_ranks_last(num: int) -> None:
+    same = normalize(torch.ones(num, 24), dim=1)
+    pairs = torch.arange(num)[:, None].expand(-1, 2)
+    assert right_ranks(same, same, pairs).tolist() == [num] * num
 
 
 def test_ties_count_as_lost_only_up_to_their_number() -> None:
     # Item 0 is right and ties with items 1 and 2; item 3 is far.
     items = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), dim=1)
     queries = torch.tensor([[1.0, 0.0]])
-    found = recall(queries, items, torch.tensor([[0, 0]]), (1, 2, 3))
-    assert found == {1: 0.0, 2: 0.0, 3: 1.0}
+    assert right_ranks(queries, items, torch.tensor([[0, 0]])).tolist() == [3]
 
 
-def test_several_right_items_tied_at_the_top_are_found() -> None:
-    items = normalize(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 20), dim=1)
-    pairs = torch.tensor([[0, 0], [0, 1], [0, 2]])
-    assert recall(torch.tensor([[1.0, 0.0]]), items, pairs, (1,)) == {1: 1.0}
+@pytest.mark.parametrize("num_right", [3, 100])
+def test_several_right_items_tied_at_the_top_are_found(num_right: int) -> None:
+    items = normalize(torch.tensor([[1.0, 0.0]] * num_right + [[0.0, 1.0]] * 20), dim=1)
+    pairs = torch.tensor([[0, item] for item in range(num_right)])
+    assert right_ranks(torch.tensor([[1.0, 0.0]]), items, pairs).tolist() == [1]
 
 
 def test_pairs_of_a_set() -> None:
@@ -166,7 +203,7 @@ assert "faiss" not in sys.modules
 torch.set_num_threads(1)
 points = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
 pairs = torch.arange(50)[:, None].expand(-1, 2)
-assert retrieval.recall(points, points, pairs, (1,)) == {1: 1.0}
+assert retrieval.right_ranks(points, points, pairs).tolist() == [1] * 50
 import faiss
 assert faiss.omp_get_max_threads() == 1
 """
@@ -180,10 +217,20 @@ def test_near_ties_are_settled_as_in_fp64() -> None:
     nudges = 3e-8 * torch.randn(200, 512, generator=generator)
     items = torch.cat([queries, normalize(queries + nudges, dim=1)])
     pairs = torch.stack([torch.arange(200), torch.arange(200)], dim=1)
-    exact = queries.double() @ items.double().T
-    best = exact.diagonal()[:, None]
-    before = (exact >= best).sum(dim=1) - 1
-    expected = {k: (before < k).double().mean().item() for k in KS}
-    assert recall(queries, items, pairs, KS) == expected
-    fp32 = (queries @ items.T >= (queries @ items.T).diagonal()[:, None]).sum(dim=1) - 1
-    assert (fp32 != before).any()
+    ranks = right_ranks(queries, items, pairs)
+    assert ranks.tolist() == brute_force(queries, items, pairs)
+    fp32 = (queries @ items.T >= (queries @ items.T).diagonal()[:, None]).sum(dim=1)
+    assert (fp32 != ranks).any()
+
+
+def test_near_ties_far_down_the_list_are_settled_as_in_fp64() -> None:
+    """The same where a hundred items are nearer, so that none of these is listed."""
+    queries = drawn(20, 512, 0)
+    items = normalize(queries + 0.1 * drawn(20, 512, 1), dim=1)
+    twins = normalize(items + 3e-8 * drawn(20, 512, 2) * 512**0.5, dim=1)
+    items = torch.cat([items, twins, *[normalize(queries + 0.01 * drawn(20, 512, 3 + n), dim=1)
+        for n in range(100)]])  # fmt: skip
+    pairs = torch.arange(20)[:, None].expand(-1, 2)
+    ranks = right_ranks(queries, items, pairs)
+    assert ranks.tolist() == brute_force(queries, items, pairs)
+    assert set(ranks.tolist()) == {101, 102}

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from unicl.evaluation.page import Cell, Column, percent, table
-from unicl.evaluation.published import Published, published
+from unicl.evaluation.page import Cell, Column, figure, percent, table
+from unicl.evaluation.published import Published, is_rank, published
 from unicl.evaluation.report.contents import Report, Run
 from unicl.evaluation.report.measurement import measurement
 from unicl.evaluation.results import Result
@@ -32,11 +32,11 @@ _TASKS = {
     "retrieval": (
         "Searching",
         "Recall at k: how often a right answer is among the first k that a search over all images, "
-        "or all their texts, brings up.",
+        "or all their texts, brings up. Rank: the place of the first right answer; 1 is best.",
     ),
     "retrieval_fine_tuned": (
         "Searching after fine-tuning",
-        "Recall at k, after the model was trained on the set's own training images.",
+        "Recall at k and ranks, after the model was trained on the set's own training images.",
     ),
 }
 _METRICS = {
@@ -123,9 +123,9 @@ def _either(numbers: Iterable[int]) -> str:
 
 
 def _metric(metric: str) -> str:
-    side, _, k = metric.partition("_r")
-    if side in _SEARCHES and k.isdigit():
-        return f"{_SEARCHES[side]}, R@{k}"
+    side, _, what = metric.partition("_")
+    if side in _SEARCHES:
+        return f"{_SEARCHES[side]}, {what.replace('_', ' ') if is_rank(what) else f'R@{what[1:]}'}"
     if metric.endswith("_shot"):
         return f"{metric.removesuffix('_shot')} images per class"
     return _METRICS.get(metric, metric)
@@ -141,11 +141,11 @@ def _figure(result: Result | None, metric: str) -> Cell:
         return "-"
     interval = result.interval_of(metric)
     if interval is None:
-        return percent(result.metrics[metric])
-    low, high = interval
-    return percent(result.metrics[metric]), f"{percent(low)} to {percent(high)}"
+        return figure(metric, result.metrics[metric])
+    low, high = (figure(metric, end) for end in interval)
+    return figure(metric, result.metrics[metric]), f"{low} to {high}"
 
 
 def _published(peer: Published, dataset: str, metric: str) -> str:
-    figure = peer.figures.get(dataset, {}).get(metric)
-    return "-" if figure is None else f"{figure}%"
+    printed = peer.figures.get(dataset, {}).get(metric)
+    return "-" if printed is None else f"{printed}{'' if is_rank(metric) else '%'}"
