@@ -87,7 +87,7 @@ class TrainTransform:
             UndecodableImage: Pillow cannot decode the image.
         """
         orientation = _orientation(image)
-        box = self._crop(*_upright_size(image, orientation), seed)
+        box = self.draw_crop(*_upright_size(image, orientation), seed)
         # At least as many pixels as the target has: reading fewer would blur.
         share = self.size / min(box[2] - box[0], box[3] - box[1])
         image, share = _decode(image, share, orientation)
@@ -96,7 +96,7 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return _pixels(image)
 
-    def _crop(self, width: int, height: int, seed: int) -> Box:
+    def draw_crop(self, width: int, height: int, seed: int) -> Box:
         """Draw a crop as torchvision's RandomResizedCrop does: area uniform, ratio log-uniform."""
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(_ATTEMPTS):

@@ -62,7 +62,7 @@ def test_global_random_state_is_left_alone():
 )
 def test_crops_lie_inside_and_have_the_asked_area_and_ratio(width, height, seed, low):
     transform = TrainTransform(8, scale=(low, 1.0))
-    left, top, right, bottom = transform._crop(width, height, seed)
+    left, top, right, bottom = transform.draw_crop(width, height, seed)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     if min(width, height) > 100 and 0.8 < width / height < 1.25:
@@ -75,7 +75,7 @@ def test_crops_are_distributed_as_torchvisions():
 
     scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
     transform = TrainTransform(8, scale=scale, ratio=ratio)
-    ours = np.array([transform._crop(200, 150, seed) for seed in range(1500)])
+    ours = np.array([transform.draw_crop(200, 150, seed) for seed in range(1500)])
     ours = np.stack([ours[:, 0], ours[:, 1], ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]], 1)
     image = Image.new("RGB", (200, 150))
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_crops_are_distributed_as_torchvisions():
 def test_pixels_are_pillows_bicubic_crop():
     image = smooth(40, 30)
     transform = TrainTransform(16, scale=(0.5, 0.9))
-    expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=transform._crop(40, 30, 9))
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC, box=transform.draw_crop(40, 30, 9))
     got = transform(opened(image), 9)
     np.testing.assert_array_equal(got.permute(1, 2, 0), np.asarray(expected))
     assert got.dtype == torch.uint8
