@@ -2,5 +2,5 @@
 
 NAMES = (
     *("loss", "text", "coswin", "step", "gradient_cache", "distributed", "zero_memory"),
-    *("cli", "loader", "zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu"),
+    *("cli", "loader", "clips", "zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu"),
 )

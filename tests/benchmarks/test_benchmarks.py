@@ -92,6 +92,13 @@ def test_loader(tmp_path):
     gc.collect()  # webdataset leaves its tar open until then
 
 
+def test_clips(tmp_path):
+    record = run_quick("clips", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [0.9, 0.9]
+    (rows,) = record["tables"].values()
+    assert all(row["clips_per_second"] > 0 for row in rows)
+
+
 def test_retrieval(tmp_path):
     record = run_quick("retrieval", tmp_path)
     assert [bar["reached"] for bar in record["bars"]] == [True, True, True, None]
