@@ -28,6 +28,8 @@ from unicl.errors import UniclError, UsageError
 BACKBONE = "image.backbone."
 # What timm's models call the initial LayerScale.
 _LAYER_SCALE = ("layer_scale", "init_values", "ls_init_value")
+# Of input channels beside RGB, in 0..1: a byte of 0, which is nothing measured, adds nothing.
+_OTHER_MEAN, _OTHER_STD = 0.0, 0.25
 
 
 class ImageTower(nn.Module):
@@ -37,6 +39,8 @@ class ImageTower(nn.Module):
         model: Name of a CoSwin or any other timm model.
         embed_dim: Width of the features that come out.
         image_size: Side of the square input in pixels; models that take any size ignore it.
+        in_chans: Channels of the input, RGB first. Weights of RGB models are carried over: they
+            give the same features, whatever the other channels hold, until these are trained.
         window_size: Side of the attention windows; unset takes the model's own.
         drop_path_rate: Stochastic depth of the last block.
         layer_scale: Initial LayerScale; unset takes the model's own.
@@ -58,6 +62,7 @@ class ImageTower(nn.Module):
         *,
         embed_dim: int = 512,
         image_size: int = 224,
+        in_chans: int = 3,
         window_size: int | None = None,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
@@ -66,11 +71,15 @@ class ImageTower(nn.Module):
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if in_chans < 3:
+            raise UsageError(f"an image tower takes RGB and more, got {in_chans} channels")
         self.model = model
+        self.in_chans = in_chans
         if backbone is None:
             backbone = _build_backbone(
                 model,
                 img_size=image_size,
+                in_chans=None if in_chans == 3 else in_chans,
                 window_size=window_size,
                 drop_path_rate=drop_path_rate,
                 layer_scale=layer_scale,
@@ -84,7 +93,10 @@ class ImageTower(nn.Module):
         width = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.projection = nn.Linear(width, embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
-        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        others = in_chans - 3
+        mean = (*IMAGENET_DEFAULT_MEAN, *[_OTHER_MEAN] * others)
+        std = (*IMAGENET_DEFAULT_STD, *[_OTHER_STD] * others)
+        for name, values in (("mean", mean), ("std", std)):
             buffer = 255 * torch.tensor(values)[:, None, None]
             self.register_buffer(name, buffer, persistent=False)
 
@@ -138,7 +150,9 @@ def check_image_size(tower: nn.Module, size: int) -> None:
     training = tower.training
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            tower.eval()(torch.zeros(1, 3, size, size, device=next(tower.parameters()).device))
+            channels = getattr(tower, "in_chans", 3)
+            device = next(tower.parameters()).device
+            tower.eval()(torch.zeros(1, channels, size, size, device=device))
     except (DataDependentOutputException, DynamicOutputShapeException):
         pass  # What such a model does can be known by running it only.
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -248,6 +262,7 @@ def read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
 
 
 def _carry(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    weights = _with_more_channels(weights, backbone)
     if isinstance(backbone, cosswin.CoSwin):
         return cosswin.carry_weights(weights, backbone)
     # By timm's convention a family's module says how its weights are carried over.
@@ -256,3 +271,23 @@ def _carry(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     return {k: w for k, w in weights.items() if not k.startswith(tuple(f"{h}." for h in heads))}
+
+
+def _with_more_channels(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    """Give an RGB stem's kernel the model's further input channels, at zero.
+
+    What is added to RGB's embedding so begins as nothing (Omnivore, Girdhar et al. 2022, adds an
+    embedding of depth); timm's rule would take weights from RGB and see colours in depth.
+    """
+    stem = backbone.pretrained_cfg.get("first_conv")
+    conv = dict(backbone.named_modules()).get(stem)
+    if not isinstance(conv, nn.Conv2d):
+        return weights
+    name = f"{stem}.weight"
+    carried = dict(weights)
+    for key, kernel in weights.items():
+        others = conv.in_channels - kernel.shape[1] if kernel.ndim == conv.weight.ndim else 0
+        if (key == name or key.endswith(f".{name}")) and kernel.shape[1] == 3 and others > 0:
+            zeros = kernel.new_zeros(len(kernel), others, *kernel.shape[2:])
+            carried[key] = torch.cat([kernel, zeros], dim=1)
+    return carried

@@ -133,6 +133,38 @@ def test_weights_of_a_whole_model_give_its_image_tower(tmp_path):
         assert torch.equal(weight, source.backbone.state_dict()[name])
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_rgb_weights_start_a_tower_of_more_channels(model, whole, tmp_path):
+    rgb = small_tower(model).eval()
+    path = tmp_path / "weights.safetensors"
+    weights = {f"image.{k}": w for k, w in rgb.state_dict().items()} if whole else None
+    save_file(weights or rgb.backbone.state_dict(), path)
+    tower = small_tower(model, in_chans=4, weights=path).eval()
+    assert tower.in_chans == 4
+    pixels = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
+    assert torch.equal(tower.pool(pixels), rgb.pool(pixels[:, :3]))
+    # What starts at zero learns at once.
+    tower(pixels).square().sum().backward()
+    stem = tower.backbone.get_submodule(tower.backbone.pretrained_cfg["first_conv"])
+    assert stem.weight.grad[:, 3].abs().max() > 0
+    # Where nothing was measured, the fourth channel stays without effect.
+    with torch.no_grad():
+        stem.weight[:, 3] = 0.1
+    assert not torch.equal(tower.pool(pixels), rgb.pool(pixels[:, :3]))
+    pixels[:, 3] = 0
+    torch.testing.assert_close(tower.pool(pixels), rgb.pool(pixels[:, :3]))
+
+
+def test_a_tower_of_more_channels_is_tried_with_as_many():
+    tower = small_tower(in_chans=5)
+    check_image_size(tower, 32)
+    with pytest.raises(UsageError, match="image_size 2 does not suit"):
+        check_image_size(tower, 2)
+    with pytest.raises(UsageError, match="takes RGB and more, got 1 channels"):
+        small_tower(in_chans=1)
+
+
 def _foreign(path: Path) -> None:
     save_file({"other.weight": torch.ones(2)}, path)
 
