@@ -29,7 +29,7 @@ def coswin3d(  # noqa: PLR0913 - timm's vocabulary, and the extents in time
     tube_stride: int = 2,
     merge_steps: int = 3,
     time_windows: Sequence[int] | None = None,
-    space_windows: Sequence[int] | None = None,
+    space_windows: int | Sequence[int] | None = None,
     num_classes: int = 0,
     in_chans: int = 3,
     img_size: int | None = None,
@@ -52,7 +52,8 @@ def coswin3d(  # noqa: PLR0913 - timm's vocabulary, and the extents in time
         time_windows: Time steps that a window spans, one number a stage. Unset, 2, 4, 8, 16: they
             double while maps are halved, and the last spans the 16 steps of the usual 32 frames as
             it spans the whole map of 224 pixels.
-        space_windows: Side of a window on the map, one number a stage; unset, the variant's own.
+        space_windows: Side of a window on the map, one number, or one a stage; unset, the
+            variant's own.
         num_classes: Classes of the linear head; 0 leaves it out.
         in_chans: Channels of a frame.
         img_size: Nominal side of a frame, which timm records; unset, the variant's own.
@@ -72,6 +73,8 @@ def coswin3d(  # noqa: PLR0913 - timm's vocabulary, and the extents in time
         if number < 1:
             raise UsageError(f"{name} must be at least 1, got {number}")
     time = _per_stage("time_windows", time_windows, [2 ** (i + 1) for i in range(len(windows))])
+    if isinstance(space_windows, int):
+        space_windows = [space_windows] * len(windows)
     if space_windows is not None:
         sides = _per_stage("space_windows", space_windows, range(len(windows)))
         windows = [(side, side) for side in sides]

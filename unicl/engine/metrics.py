@@ -166,6 +166,10 @@ class StepClock:
         self._steps = 0
 
 
+# Figures that tasks give besides the loss.
+_OF_TASKS = {"train/scale": "  scale {scale:6.2f}", "train/top1": "  top1 {top1:6.1%}"}
+
+
 def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: float) -> None:
     """Log one aligned line for a person to read."""
     width = len(str(total))
@@ -173,14 +177,14 @@ def log_line(step: int, total: int, row: Mapping[str, float], seconds_left: floa
     hours, minutes = divmod(minutes, 60)
     mfu = f"  MFU {row['train/mfu']:.1%}" if "train/mfu" in row else ""
     skipped = f"  skipped {row['train/skipped']:.0f}" if row.get("train/skipped") else ""
+    figures = [text for name, text in _OF_TASKS.items() if name in row]
     logger.info(
-        "step %*d/%d  loss %7.4f  scale %6.2f  rate %.2e  gradient %8.3f  %7.0f samples/s%s  "
-        "%s left%s",
+        "step %*d/%d  loss %7.4f%s  rate %.2e  gradient %8.3f  %7.0f samples/s%s  %s left%s",
         width,
         step,
         total,
         row["train/loss"],
-        row.get("train/scale", float("nan")),
+        "".join(figures).format_map({name.removeprefix("train/"): row[name] for name in row}),
         row["train/learning_rate"],
         row["train/grad_norm"],
         row["train/samples_per_second"],

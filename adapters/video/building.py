@@ -1,0 +1,137 @@
+"""From a recipe of videos to what it trains."""
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.video.action import ActionRecognition, Recognition
+from adapters.video.clips import ClipSampling, TrainClipDecoder
+from adapters.video.config import VideoRecipe
+from adapters.video.pretrained import FramesDecoder, build_model, eval_decoder, view_dims
+from adapters.video.samples import open_video_samples
+from adapters.video.towers import VideoClassifier
+from unicl.build import (
+    Parts,
+    TextSamples,
+    build_eval_loader,
+    build_held_out,
+    build_train_loader,
+    open_shards,
+)
+from unicl.data.reader import Decode
+from unicl.data.shard_index import DATASET_FILE
+from unicl.distributed import Ranks
+from unicl.engine.task import TaskInputs
+from unicl.errors import UsageError
+from unicl.pretraining import Pretraining, StepFlops, count_flops
+
+logger = logging.getLogger("unicl")
+
+
+def complete(recipe: VideoRecipe) -> VideoRecipe:
+    """Name the classes of a head after the texts of the training data, in alphabetical order."""
+    video = recipe.video
+    if video.targets == "texts" or video.class_names or not recipe.data.train:
+        return recipe
+    texts = open_samples(Path(recipe.data.train), split="train").table().texts
+    names = tuple(sorted(text for text in texts if text.strip()))
+    return replace(recipe, video=replace(video, class_names=names))
+
+
+def build(recipe: VideoRecipe, ranks: Ranks, *, start: bool) -> Parts:
+    """Build a run on videos: contrastive on texts, or a head on classes.
+
+    Raises:
+        UsageError: data are missing, or a setting does not fit them.
+        UniclError: the weights to start from are missing or do not fit.
+    """
+    model = build_model(recipe, start=start)
+    samples = open_samples(Path(recipe.data.train), split="train")
+    decode = _train_decoder(recipe)
+    loader = build_train_loader(recipe, ranks, samples=samples, decode=decode)
+    shape = tuple(decode.empty().shape[1:])
+    view, num_views = (
+        shape[-view_dims(recipe.video) :],
+        math.prod(shape[: -view_dims(recipe.video)]),
+    )
+    if isinstance(model, VideoClassifier):
+        labels = _labels(recipe, samples)
+        per_clip = 3 * num_views * count_flops(model.image, (1, *view), torch.float32)
+
+        def flops(inputs: TaskInputs) -> float:
+            return per_clip * len(inputs.towers["image"])
+
+        return Parts(
+            ActionRecognition(
+                model, labels, label_smoothing=recipe.video.label_smoothing, ranks=ranks
+            ),
+            loader,
+            _recognition(recipe, ranks),
+            flops,
+        )
+    task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
+    evaluators: list[Any] = []
+    if recipe.evaluation.data is not None:
+        evaluators.append(
+            build_held_out(recipe, ranks, open_samples=_open_held_out, decode=_eval_decoder(recipe))
+        )
+    step_flops = StepFlops(
+        model,
+        image_shape=view,
+        context_length=recipe.text_tower.context_length,
+        images_per_sample=num_views,
+    )
+    return Parts(task, loader, evaluators, step_flops)
+
+
+def open_samples(path: Path, *, split: str) -> TextSamples:
+    """Open prepared shards, or part of a set of videos; all of a set that has no parts."""
+    if (path / DATASET_FILE).is_file():
+        return open_shards(path)
+    return open_video_samples(str(path), split=split, root=Path("data"))
+
+
+def _open_held_out(path: Path) -> TextSamples:
+    return open_samples(path, split="test")
+
+
+def _recognition(recipe: VideoRecipe, ranks: Ranks) -> list[Recognition]:
+    if recipe.evaluation.data is None:
+        return []
+    samples = _open_held_out(Path(recipe.evaluation.data))
+    loader = build_eval_loader(recipe, samples, ranks, decode=_eval_decoder(recipe))
+    return [Recognition(loader, _labels(recipe, samples))]
+
+
+def _labels(recipe: VideoRecipe, samples: TextSamples) -> list[int]:
+    """Return the labels of the head's classes, which must be all that the samples have."""
+    table, names = samples.table(), recipe.video.class_names
+    unknown = sorted({text for text in table.texts if text.strip()}.difference(names))
+    if unknown:
+        raise UsageError(
+            f"{len(unknown)} texts of the data are no class of the head, such as {unknown[0]!r}; "
+            "set video.class_names to all of them, or leave it out"
+        )
+    return [table.label(name, "") for name in names]
+
+
+def _train_decoder(recipe: VideoRecipe) -> Decode:
+    data, video = recipe.data, recipe.video
+    augmented = video.randaugment_ops > 0
+    decode = TrainClipDecoder(
+        recipe.image_tower.image_size,
+        ClipSampling(video.num_frames, video.sampling, video.frame_stride),
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        flip=data.flip,
+        rand_augment=(video.randaugment_ops, video.randaugment_magnitude) if augmented else None,
+    )
+    return decode if video.tower == "3d" else FramesDecoder(decode)
+
+
+def _eval_decoder(recipe: VideoRecipe) -> Decode:
+    return eval_decoder(recipe.video, recipe.image_tower.image_size)

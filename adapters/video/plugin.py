@@ -1,0 +1,85 @@
+"""Video as a plug-in of `unicl`: what the entry point `video` names. Imports torch when asked."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from adapters.video.config import VideoRecipe
+from unicl.config import Recipe
+
+
+class VideoPlugin:
+    """Training on videos, and evaluation and search over them; see `unicl.config.Plugin`."""
+
+    name = "video"
+    recipe = VideoRecipe
+    recipes = files("adapters.video") / "recipes"
+    evaluations = (
+        *("zero-shot", "linear-probe", "few-shot", "retrieval", "fine-tune"),
+        "recognition",
+    )
+    fine_tuning = {"classes": ("video_classes", 30), "captions": ("video_captions", 5)}  # noqa: RUF012
+
+    def complete(self, recipe: VideoRecipe) -> VideoRecipe:
+        """Name the classes of the head, where the recipe leaves them to the data."""
+        from adapters.video.building import complete
+
+        return complete(recipe)
+
+    def build(self, recipe: VideoRecipe, ranks: Any, *, start: bool) -> Any:
+        """Build what a recipe trains."""
+        from adapters.video.building import build
+
+        return build(recipe, ranks, start=start)
+
+    def load(self, path: Path, recipe: VideoRecipe) -> Any:
+        """Load a run's model."""
+        from adapters.video.pretrained import load
+
+        return load(path, recipe)
+
+    def adapt(self, model: Any, overrides: Mapping[str, str]) -> Any:
+        """Let a model see videos, its own way unless overrides say another."""
+        from adapters.video.pretrained import adapt
+
+        return adapt(model, overrides)
+
+    def holds(self, spec: str) -> bool:
+        """Say whether a path leads to videos."""
+        from adapters.video.files import holds_videos
+
+        return holds_videos(spec)
+
+    def open_set(self, spec: str, *, split: str, root: Path, kind: Any) -> Any:
+        """Open a set of videos with classes or captions."""
+        from adapters.video.sets import open_video_set
+
+        return open_video_set(spec, split=split, root=root, kind=kind)
+
+    def open_items(self, spec: str, *, split: str, root: Path) -> Any:
+        """Open a set, or any folder of videos."""
+        from adapters.video.sets import open_videos
+
+        return open_videos(spec, split=split, root=root)
+
+    def follow(self, recipe: VideoRecipe, towers: Recipe) -> VideoRecipe:
+        """Take the clips and the tower of a run on videos; inflate a CoSwin, average others."""
+        if isinstance(towers, VideoRecipe):
+            own = recipe.video
+            targets = {"targets": own.targets, "label_smoothing": own.label_smoothing}
+            video = replace(towers.video, **targets, class_names=(), dropout=own.dropout)  # type: ignore[arg-type]
+            return replace(recipe, video=video)
+        is_coswin = towers.model is None and towers.image_tower.model.startswith("coswin")
+        tower: Any = "3d" if is_coswin else "frames"
+        return replace(recipe, video=replace(recipe.video, tower=tower))
+
+    def picture(self, encoded: bytes) -> bytes | None:
+        """Return a video's key frame as an image file; None for what is no video."""
+        from adapters.video.decoding import key_frame, video_type
+
+        return None if video_type(encoded) is None else key_frame(encoded)
+
+
+plugin = VideoPlugin()

@@ -1,0 +1,240 @@
+"""Models of videos: built from a recipe, loaded from a run, or made of a model of images."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adapters.video.clips import ClipSampling, EvalClipDecoder
+from adapters.video.config import VideoConfig, VideoRecipe
+from adapters.video.coswin3d import coswin3d
+from adapters.video.towers import VideoClassifier, VideoTwoTower
+from unicl.config import override_section
+from unicl.data.augment import EvalTransform
+from unicl.data.reader import Decode
+from unicl.errors import UsageError
+from unicl.models import (
+    build_model as build_image_model,
+)
+from unicl.models import (
+    build_tokenizer,
+    build_towers,
+    identity_of,
+    load_run,
+    read_weights,
+    start_from,
+    with_locks,
+)
+from unicl.towers.image import ImageTower, backbone_weights, carry_backbone
+from unicl.towers.pretrained import Pretrained
+
+# What may differ from the training at evaluation.
+_READING = ("num_frames", "sampling", "frame_stride", "num_clips", "num_crops")
+# CLIP4Clip's: 12 frames spread over the video (Luo et al. 2021).
+_OF_IMAGES = VideoConfig(tower="frames", num_frames=12, sampling="uniform", frame_stride=1)
+_ARCHITECTURE = (
+    *("tower", "targets", "class_names"),
+    *("tube_frames", "tube_stride", "merge_steps", "time_windows", "space_windows"),
+)
+
+
+def build_model(recipe: VideoRecipe, *, start: bool) -> VideoTwoTower | VideoClassifier:
+    """Build the model of a recipe; `start` loads the weights to start from, inflated if need be.
+
+    Raises:
+        UniclError: there are no such weights, or they do not fit.
+    """
+    video = recipe.video
+    dims = view_dims(video)
+    if video.tower == "frames" and video.targets == "texts":
+        return VideoTwoTower.of(build_image_model(recipe, start=start), view_dims=dims)
+    tower = _build_tower(recipe, start=start)
+    if video.targets == "texts":
+        model = VideoTwoTower.of(build_towers(recipe, tower), view_dims=dims)
+        (start_from if start else with_locks)(recipe, model)
+        return model
+    if start and recipe.weights is not None:
+        file, weights = read_weights(Path(recipe.weights))
+        weights = backbone_weights(weights)
+        if not weights:
+            raise UsageError(f"{file} has no whole model's weights: it lacks image.backbone.*")
+        tower.backbone.load_state_dict(carry_backbone(weights, tower.backbone, source=file))
+    classifier = VideoClassifier(
+        tower,
+        num_classes=len(video.class_names),
+        width=tower.projection.in_features,
+        dropout=video.dropout,
+        view_dims=dims,
+    )
+    with_locks(recipe, classifier)
+    return classifier
+
+
+def _build_tower(recipe: VideoRecipe, *, start: bool) -> ImageTower:
+    image, video = recipe.image_tower, recipe.video
+    backbone = None
+    if video.tower == "3d":
+        backbone = coswin3d(
+            image.model,
+            tube_frames=video.tube_frames,
+            tube_stride=video.tube_stride,
+            merge_steps=video.merge_steps,
+            time_windows=video.time_windows or None,
+            space_windows=video.space_windows or image.window_size,
+            img_size=image.image_size,
+            drop_path_rate=image.drop_path_rate,
+            layer_scale=image.layer_scale,
+        )
+    return ImageTower(
+        image.model,
+        embed_dim=recipe.embed_dim,
+        image_size=image.image_size,
+        window_size=image.window_size,
+        drop_path_rate=image.drop_path_rate,
+        layer_scale=image.layer_scale,
+        checkpointing=image.checkpointing,
+        weights=Path(image.weights) if start and image.weights else None,
+        backbone=backbone,
+    )
+
+
+def view_dims(video: VideoConfig) -> int:
+    """Return the dimensions of a view: those of a frame, or of a clip."""
+    return 4 if video.tower == "3d" else 3
+
+
+def eval_decoder(video: VideoConfig, size: int, *, crop: float | None = None) -> Decode:
+    """Build what makes the views of an encoded video, or of an image as a still clip."""
+    decode = EvalClipDecoder(
+        size,
+        ClipSampling(video.num_frames, video.sampling, video.frame_stride),
+        num_clips=video.num_clips,
+        num_crops=video.num_crops,
+        crop=crop,
+    )
+    return decode if video.tower == "3d" else FramesDecoder(decode)
+
+
+@dataclass(frozen=True)
+class FramesDecoder:
+    """Each frame of a clip, or of each view, as a view of its own: for a tower of images."""
+
+    decode: Decode
+    """Makes clips [3, frames, h, w] or views [views, 3, frames, h, w]."""
+
+    def __call__(self, encoded: bytes, seed: int = 0) -> Tensor:
+        """Return frames [views * frames, 3, h, w] of an encoded video."""
+        return self._frames(self.decode(encoded, seed)[None])[0]
+
+    def empty(self) -> Tensor:
+        """Return no videos, of the shape that their frames have."""
+        return self._frames(self.decode.empty())
+
+    def _frames(self, clips: Tensor) -> Tensor:
+        frames = clips.movedim(-3, -4)  # before the channels
+        return frames if frames.ndim == 5 else frames.flatten(1, 2)
+
+
+def load(path: Path, recipe: VideoRecipe) -> Pretrained:
+    """Load a run's model with its own way of reading videos, and images as still clips.
+
+    Raises:
+        UniclError: the run has no checkpoint yet, or what there is is damaged.
+    """
+    video = recipe.video
+    model = load_run(path, build_model(recipe, start=False))
+    size = recipe.image_tower.image_size
+    tokenize: Any = build_tokenizer(recipe)
+    if video.targets == "classes":
+        tokenize = functools.partial(_no_texts, str(path))
+    architecture = {name: value for name, value in asdict(video).items() if name in _ARCHITECTURE}
+    return Pretrained(
+        name=str(path),
+        model=model,
+        tokenize=tokenize,
+        transform=StillClip(size, 1 if video.tower == "frames" else video.num_frames),
+        decode=eval_decoder(video, size),
+        image_size=size,
+        context_length=recipe.text_tower.context_length,
+        identity=identity_of(recipe, model=recipe.model, video=architecture),
+        classes=video.class_names,
+        reading=_reading(video),
+    )
+
+
+def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    """Let a model see videos.
+
+    A run on videos reads them as it was trained, a model of images takes 12 frames spread over the
+    video, unless overrides say otherwise.
+
+    Args:
+        model: of videos or of images.
+        overrides: keys of how videos are read, such as {"video.num_clips": "4"}.
+
+    Raises:
+        UsageError: a key has no effect at evaluation, or is none.
+    """
+    of_training = {f"video.{name}" for name in asdict(_OF_IMAGES) if name not in _READING}
+    if fixed := sorted(of_training.intersection(overrides)):
+        raise UsageError(
+            f"{fixed[0]} belongs to training; at evaluation there are "
+            f"{', '.join(f'video.{name}' for name in _READING)}"
+        )
+    own = _OF_IMAGES
+    towers = model.model
+    if model.reading:
+        assert isinstance(towers, VideoTwoTower | VideoClassifier)
+        tower: Any = "3d" if towers.view_dims == 4 else "frames"
+        own = VideoConfig(tower=tower, **model.reading)
+    else:
+        towers = VideoTwoTower.of(towers, view_dims=3).eval()
+    video = override_section(own, overrides, prefix="video")
+    crop = getattr(model.transform, "crop", 1.0)  # open_clip's see all of the shorter side
+    return replace(
+        model,
+        model=towers,
+        decode=eval_decoder(video, model.image_size, crop=crop),
+        reading=_reading(video),
+    )
+
+
+def _reading(video: VideoConfig) -> dict[str, Any]:
+    return {name: getattr(video, name) for name in _READING}
+
+
+def _no_texts(name: str, texts: Sequence[str]) -> Tensor:
+    raise UsageError(
+        f"{name} has a classification head and no text tower; evaluate it by video-recognition "
+        "or video-linear-probe"
+    )
+
+
+@dataclass(frozen=True)
+class StillClip:
+    """An image as a clip in which nothing moves.
+
+    Args:
+        size: Side in pixels.
+        num_frames: Frames of the clip; 1 gives the image itself as a view.
+    """
+
+    size: int
+    num_frames: int
+    crop: float | None = None
+
+    def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
+        """Return a clip [3, num_frames, size, size] of an opened image."""
+        still = EvalTransform(self.size, crop=self.crop)(image)
+        if self.num_frames == 1:
+            return still
+        return (
+            still[:, None]
+            .expand(-1, self.num_frames, -1, -1)
+            .clone(memory_format=torch.contiguous_format)
+        )

@@ -1,0 +1,100 @@
+"""Plug-ins of the entry-point group, through one that is installed and one that is broken."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from unicl.config import (
+    Plugin,
+    evaluation_names,
+    find_plugin,
+    load_recipe,
+    override_section,
+    parse_recipe,
+    plugin_names,
+    plugins,
+    recipe_names,
+    recipe_to_toml,
+    split_evaluation,
+)
+from unicl.errors import UniclError, UsageError
+
+
+def test_the_installed_one_keeps_the_contract() -> None:
+    assert plugin_names() == ("video",)
+    assert isinstance(find_plugin("video"), Plugin)
+    assert find_plugin("video").name == "video"
+
+
+def test_its_recipes_stand_beside_the_others() -> None:
+    assert {"demo", "video_classes", "video_captions"} <= set(recipe_names())
+    recipe = load_recipe("video_classes", {"video.num_frames": "8"})
+    assert type(recipe) is find_plugin("video").recipe
+    assert recipe.video.num_frames == 8  # type: ignore[attr-defined]
+    assert recipe.trainer.batch_size == 64
+
+
+def test_a_recipe_with_a_section_of_a_plugin_comes_back_unchanged() -> None:
+    overrides = {"video.time_windows": "2,4,4,8", "video.class_names": "[a dog, a cat]"}
+    recipe = load_recipe("video_classes", overrides)
+    assert recipe.video.class_names == ("a dog", "a cat")  # type: ignore[attr-defined]
+    assert recipe.video.time_windows == (2, 4, 4, 8)  # type: ignore[attr-defined]
+    assert parse_recipe(recipe_to_toml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"task": "vidio"}, "no task 'vidio'; installed are pretraining, video"),
+        ({"video.num_frames": "8"}, "unknown key video"),
+        ({"task": "video", "video.num_frame": "8"}, "did you mean video.num_frames"),
+        ({"task": "video", "video.num_crops": "2"}, "video.num_crops must be 1 or 3, got 2"),
+        ({"task": "video", "video.time_windows": "2,x"}, "video.time_windows must be a whole"),
+    ],
+)
+def test_a_mistake_is_named(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_recipe("", overrides)
+
+
+def test_a_task_is_a_text() -> None:
+    with pytest.raises(UsageError, match="task must be a text, got 3"):
+        parse_recipe("task = 3")
+
+
+def test_evaluations_are_called_by_the_plugin_and_their_own_name() -> None:
+    assert "video-retrieval" in evaluation_names()
+    assert split_evaluation("video-zero-shot") == (find_plugin("video"), "zero-shot")
+    assert split_evaluation("zero-shot") == (None, "zero-shot")
+    assert split_evaluation("video") == (None, "video")
+
+
+def test_one_section_is_overridden_strictly() -> None:
+    video = load_recipe("video_captions").video  # type: ignore[attr-defined]
+    changed = override_section(video, {"video.num_clips": "4"}, prefix="video")
+    assert (changed.num_clips, changed.num_frames) == (4, video.num_frames)
+    for overrides, message in (
+        ({"video.num_clip": "4"}, "unknown key video.num_clip .did you mean video.num_clips"),
+        ({"trainer.steps": "4"}, "unknown key trainer.steps"),
+        ({"video": "4"}, "video is a section"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            override_section(video, overrides, prefix="video")
+
+
+def test_one_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("broken", "no_such_package:plugin", plugins.GROUP)
+    monkeypatch.setattr(plugins, "_entries", lambda: {"broken": broken})
+    with pytest.raises(UniclError, match="plug-in broken cannot be imported: No module named"):
+        find_plugin.__wrapped__("broken")
+
+
+def test_asking_for_recipes_imports_no_torch() -> None:
+    code = (
+        "import sys; from unicl.config import load_recipe, evaluation_names;"
+        "load_recipe('video_classes'); evaluation_names();"
+        "assert not {'torch', 'av', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
