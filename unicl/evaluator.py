@@ -204,7 +204,7 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     table = Table()
     table.add_column("set", overflow="fold")
     table.add_column("metric", no_wrap=True)
-    table.add_column("images", justify="right")
+    table.add_column(" or ".join(dict.fromkeys(r.noun for r in results)), justify="right")
     peers = list(dict.fromkeys(p.model for r in results for p in published(r.task, r.dataset)))
     for name in ("", "95% interval", *peers):
         table.add_column(name or escape(results[0].model), justify="right", overflow="fold")
@@ -224,7 +224,7 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     console.print(table)
     for result in results:
         if result.left_out:
-            text = f"{result.name}: images left out: {result.left_out}"
+            text = f"{result.name}: {result.noun} left out: {result.left_out}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if csv is not None:
         with atomic_file(csv) as file:

@@ -64,6 +64,7 @@ NUM_TEST_IMAGES = {
     "imagenet": 50_000,
     "flickr30k": 1_000,
     "coco": 5_000,
+    "msrvtt": 1_000,
 }
 """Images that the papers' figures are of, by set (CLIP, table 9; Florence, section 3.5)."""
 
@@ -109,6 +110,10 @@ def _by_set(*values: float) -> dict[str, dict[str, float]]:
 
 def _recalls(*values: float) -> dict[str, float]:
     return dict(zip(_RECALLS, values, strict=True))
+
+
+def _text_to_video(*values: float) -> dict[str, float]:
+    return dict(zip(("t2i_r1", "t2i_r5", "t2i_r10"), values, strict=True))
 
 
 def _shots(*values: float) -> dict[str, float]:
@@ -205,6 +210,33 @@ PUBLISHED = (
         figures={
             "flickr30k": _recalls(97.2, 99.9, 87.9, 98.1),
             "coco": _recalls(81.8, 95.2, 63.2, 85.7),
+        },
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="retrieval",
+        resolution=None,
+        protocol="MSR-VTT's 1k-A test split, zero-shot; one caption per video",
+        source="Florence, section 3.9 and table 9",
+        figures={"msrvtt": _text_to_video(37.6, 63.8, 72.6)},
+    ),
+    Published(
+        model="CLIP (ViT-B/16)",
+        task="retrieval",
+        resolution=224,
+        protocol="MSR-VTT's 1k-A test split, zero-shot; one caption per video",
+        source="Florence, table 9",
+        figures={"msrvtt": _text_to_video(26.0, 49.4, 60.7)},
+    ),
+    Published(
+        model="Florence (CoSwin-H)",
+        task="fine_tune",
+        resolution=384,
+        protocol="a head on 3D-CoSwin; 30 epochs, label smoothing, RandAugment, drop-path 0.5",
+        source="Florence, section 3.8 and table 8",
+        figures={
+            "kinetics400": {"top1": 86.5, "top5": 97.3},
+            "kinetics600": {"top1": 87.8, "top5": 97.8},
         },
     ),
 )

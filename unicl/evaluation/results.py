@@ -69,6 +69,11 @@ class Result:
         return f"{self.dataset} ({', '.join(self.marks)})" if self.marks else self.dataset
 
     @property
+    def noun(self) -> str:
+        """What was asked about: images, or videos."""
+        return "videos" if "num_frames" in self.protocol else "images"
+
+    @property
     def marks(self) -> list[str]:
         """Part of the set, if it is not the usual, and the saved probe that was tested, if any."""
         split, probe = self.protocol.get("split"), self.protocol.get("probe")

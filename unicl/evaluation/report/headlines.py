@@ -110,7 +110,7 @@ def _largest(run: Run, others: Sequence[Run], wording: _Wording) -> Result:
 def _words(wording: _Wording, result: Result, *, alone: bool) -> str:
     alone = alone and not result.marks
     names = result.protocol.get("num_classes")
-    images = f"{result.num_images:,} images"
+    images = f"{result.num_images:,} {result.noun}"
     words = wording.words.format(
         images=images if alone else f"{images} ({result.name})",
         set=result.name,

@@ -109,11 +109,11 @@ def _rows(
 
 
 def _set(name: str, results: Sequence[Result]) -> Cell:
-    images = _either(result.num_images for result in results)
+    images = f"{_either(result.num_images for result in results)} {results[0].noun}"
     names = _either(n for r in results if isinstance(n := r.protocol.get("num_classes"), int))
     left_out = _either(number for r in results if (number := sum(r.skipped.values())))
     return name, (
-        f"{images} images{f', {names} names' if names else ''}"
+        f"{images}{f', {names} names' if names else ''}"
         f"{f'; {left_out} left out' if left_out else ''}"
     )
 
