@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import motion
 from tests.unicl.corpus import COLOURS, png
 from unicl.cli import main
 from unicl.data import twemoji
@@ -30,6 +31,8 @@ def stand_in(command):
     """What a test runs instead of a command that installs or takes minutes."""
     if command.startswith("make "):
         return f"make --dry-run {command.removeprefix('make ')} -C {shlex.quote(str(ROOT))}"
+    if command == 'pip install -e ".[video]"':
+        return f"{shlex.quote(sys.executable)} -c 'import av'"
     return command
 
 
@@ -73,6 +76,8 @@ def test_the_readme_runs(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for copy in range(4):
             (folder / f"{copy}.png").write_bytes(png(colour, 10 * number + copy))
+    for part in ("train", "test"):
+        motion.write_class_folder(tmp_path / "clips" / part, 12, seed=len(part))
     kinds = []
     for kind, text in blocks():
         kinds.append(kind)
@@ -103,5 +108,5 @@ def test_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:unicl|cosswin|benchmarks|tests)/[\w/]+\.\w+)`", text):
+    for path in re.findall(r"`((?:unicl|cosswin|adapters|benchmarks|tests)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path

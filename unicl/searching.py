@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unicl.config import Plugin, find_plugin, plugin_names
+from unicl.config import find_holder
 from unicl.data.augment import open_image
 from unicl.data.image_sets import (
     KNOWN_SETS,
@@ -70,7 +70,7 @@ def embed(
     if out is None:
         raise UsageError("where shall the embeddings go? name a folder with --out")
     check(options)
-    plugin = _holder(data)
+    plugin = find_holder(data)
     if overrides and plugin is None:
         raise UsageError(f"--{next(iter(overrides))} has no effect on images; leave it out")
     device = choose_device(options.device)
@@ -100,14 +100,8 @@ def embed(
         return written
 
 
-def _holder(data: str) -> Plugin | None:
-    """Return the plug-in whose medium a set or folder holds; None where these are images."""
-    plugins = map(find_plugin, plugin_names())
-    return next((plugin for plugin in plugins if plugin.holds(data)), None)
-
-
 def _open(data: str, *, split: str, root: Path, download: bool = False) -> ImageSet:
-    plugin = _holder(data)
+    plugin = find_holder(data)
     if plugin is None:
         return open_images(data, split=split, root=root, download=download)
     opened: ImageSet = plugin.open_items(data, split=split, root=root)

@@ -52,6 +52,12 @@ class VideoPlugin:
 
         return holds_videos(spec)
 
+    def open_source(self, spec: str) -> Any:
+        """Open a set of videos to write shards of it."""
+        from adapters.video.source import VideoSource
+
+        return VideoSource(spec)
+
     def open_set(self, spec: str, *, split: str, root: Path, kind: Any) -> Any:
         """Open a set of videos with classes or captions."""
         from adapters.video.sets import open_video_set

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
-from unicl.config import load_recipe, recipe_names
+from unicl.config import find_holder, load_recipe, recipe_names
 
 logger = logging.getLogger("unicl")
 
@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         "source",
         metavar="SOURCE",
         help="a folder with one folder of images per class, a .csv or .tsv with image paths "
-        "and captions, a folder of WebDataset tars, or twemoji",
+        "and captions, a folder of WebDataset tars, a set of videos, or twemoji",
     )
     prepare.add_argument("--out", type=Path, help="folder to write; tars are indexed in place")
     prepare.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N")
@@ -126,9 +126,14 @@ def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from unicl.data.prepare import prepare
     from unicl.data.progress import progress_bar
 
+    source = arguments.source
+    # Tars are indexed in place, whatever they hold.
+    plugin = None if any(Path(source).glob("*.tar")) else find_holder(source)
+    if plugin is not None:
+        source = plugin.open_source(source)
     with progress_bar(arguments.source) as progress:
         prepared = prepare(
-            arguments.source,
+            source,
             arguments.out,
             samples_per_shard=arguments.samples_per_shard,
             image_column=arguments.image_column,

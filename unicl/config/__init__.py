@@ -8,6 +8,7 @@ from unicl.config.loading import recipe_to_toml as recipe_to_toml
 from unicl.config.plugins import PRETRAINING as PRETRAINING
 from unicl.config.plugins import Plugin as Plugin
 from unicl.config.plugins import evaluation_names as evaluation_names
+from unicl.config.plugins import find_holder as find_holder
 from unicl.config.plugins import find_plugin as find_plugin
 from unicl.config.plugins import plugin_names as plugin_names
 from unicl.config.plugins import split_evaluation as split_evaluation

@@ -48,6 +48,9 @@ class Plugin(Protocol):
     def holds(self, spec: str) -> bool:
         """Say whether a path leads to a set of this medium."""
 
+    def open_source(self, spec: str) -> Any:
+        """Open a set as a `unicl.data.sources.Source`, to write shards of it."""
+
     def open_set(self, spec: str, *, split: str, root: Any, kind: str | None) -> Any:
         """Open a set with classes or captions, as `unicl.data.image_sets.open_image_set` does."""
 
@@ -91,6 +94,12 @@ def find_plugin(name: str) -> Plugin:
     except (ImportError, AttributeError) as error:
         raise UniclError(f"the plug-in {name} cannot be imported: {error}") from error
     return plugin
+
+
+def find_holder(spec: str) -> Plugin | None:
+    """Return the plug-in whose medium a set or folder holds; None where these are images."""
+    plugins = map(find_plugin, plugin_names())
+    return next((plugin for plugin in plugins if plugin.holds(spec)), None)
 
 
 def split_evaluation(task: str) -> tuple[Plugin | None, str]:
