@@ -209,7 +209,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _packets(demuxed: Iterator[av.Packet], num_bytes: int) -> Iterator[av.Packet]:
     """Read packets up to the video's end or to where it is damaged."""
     read = 0
-    with suppress(av.FFmpegError):
+    # PyAV raises the latter where damage makes a stream appear that was not there at first.
+    with suppress(av.FFmpegError, IndexError):
         for packet in demuxed:
             # An index may name the same bytes for any number of packets.
             read += packet.size + 1
