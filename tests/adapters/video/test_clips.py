@@ -17,9 +17,11 @@ from adapters.video.clips import (
 )
 from tests.adapters.video.videos import encode_video, plain_decoding
 from unicl.data.augment import EvalTransform, TrainTransform, open_image
-from unicl.data.order import mix
+from unicl.data.loader import Loader
+from unicl.data.order import SampleOrder, mix
+from unicl.data.prompts import PromptSampler
 from unicl.data.reader import Decode
-from unicl.data.shards import SampleError
+from unicl.data.shards import SampleError, ShardSet, ShardWriter
 from unicl.errors import UsageError
 
 UNIFORM = ClipSampling(4)
@@ -219,3 +221,34 @@ def test_content_decides_not_the_name(video):
 def test_wrong_numbers_of_views_are_named():
     with pytest.raises(UsageError, match="must be positive, got 0 and 3"):
         EvalClipDecoder(16, UNIFORM, 0, 3)
+
+
+def characters(texts):
+    return torch.tensor([[len(text)] for text in texts])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_takes_clips_and_counts_what_it_skips(tmp_path, video, num_workers):
+    with ShardWriter(tmp_path / "shards", samples_per_shard=4) as writer:
+        for number in range(9):
+            media = {3: (video[:300], "mp4"), 6: (encoded_image(), "png")}
+            writer.write(f"k{number}", *media.get(number, (video, "mp4")), f"clip {number}")
+    shards = ShardSet.open(tmp_path / "shards")
+    decoder = TrainClipDecoder(16, UNIFORM, rand_augment=(2, 9))
+    loader = Loader(
+        shards,
+        SampleOrder(shards.shard_sizes, seed=0, window=1, shuffle=False),
+        decode=decoder,
+        tokenize=characters,
+        prompts=PromptSampler("none", short_text_words=0, seed=0),
+        batch_size=9,
+        num_workers=num_workers,
+        seed=5,
+        max_skipped_share=None,
+    )
+    (batch,) = loader.epoch()
+    assert batch.images.shape == (8, 3, 4, 16, 16)
+    assert batch.keys == tuple(f"k{number}" for number in range(9) if number != 3)
+    assert batch.skipped == {"undecodable video": 1}
+    seed = mix(5, int.from_bytes(b"augment"), 8)
+    assert torch.equal(batch.images[-1], decoder(video, seed))

@@ -219,6 +219,15 @@ def test_what_cannot_be_used_is_named():
     assert len(decode(encode_video(size=(128, 96)), range, max_pixels=128 * 96)) == 32
 
 
+def test_a_header_cannot_understate_the_size():
+    video = bytearray(encode_video(size=(128, 96)))
+    place = video.rindex(b"avc1") + 28  # Its first place is in the list of brands.
+    assert video[place : place + 2] == struct.pack(">H", 128)
+    video[place : place + 2] = struct.pack(">H", 16)
+    assert reason(bytes(video), max_pixels=5000) in ("video too large", "undecodable video")
+    assert len(everything(bytes(video))) == 32
+
+
 def test_packets_that_hold_nothing_are_undecodable():
     video = bytearray(encode_video())
     start, stop = video.index(b"mdat") + 4, video.index(b"moov") - 4
