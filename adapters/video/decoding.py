@@ -97,8 +97,8 @@ def decode_frames(
     """Decode the chosen frames of a video, upright and in RGB.
 
     A frame is the same as in a plain decoding of the whole video. A truncated video ends where its
-    data ends, and damaged packets that yield no frame are not counted; what a decoder makes of
-    other damage is taken as it is. Pixels are taken for square.
+    data ends. What a decoder makes of other damage is taken as it is, and frames that are lost to
+    it are counted unless they are needed. Pixels are taken for square.
 
     Args:
         encoded: A whole video file.
@@ -278,7 +278,10 @@ class _Schedule:
         return values
 
     def _stretches(self, indices: list[int]) -> list[tuple[int, int]]:
-        """Return runs of packets [start, stop) that are decoded each by itself."""
+        """Return runs of packets [start, stop), each from a key frame to the last that is needed.
+
+        The decoder is emptied after each and begins the next one anew.
+        """
         key_times = [self.times[key] for key in self.keys]
         stretches: list[tuple[int, int]] = []
         for index in indices:
@@ -303,7 +306,7 @@ class _Schedule:
             except av.FFmpegError as error:
                 raise _Surprise from error
             for frame in frames:
-                # The two fields of a frame may lie in two packets.
+                # The two fields of an interlaced frame may lie in two packets.
                 if frame.pts is None or frame.interlaced_frame:
                     raise _Surprise
                 yield frame.pts, frame

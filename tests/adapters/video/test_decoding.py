@@ -176,6 +176,16 @@ def test_a_truncated_mp4_is_decoded_up_to_there_if_its_index_comes_first():
     assert reason(video[: len(video) // 2]) == "undecodable video"
 
 
+def test_all_frames_have_the_size_of_the_first():
+    video = encode_video(8, container="mpegts") + encode_video(8, (96, 64), container="mpegts")
+    expected = plain_decoding(video)
+    assert [frame.shape for frame in expected] == [(48, 64, 3)] * 8 + [(64, 96, 3)] * 8
+    frames = everything(video)
+    assert [frame.shape for frame in frames] == [(48, 64, 3)] * 16
+    for number in range(8):
+        np.testing.assert_array_equal(frames[number], expected[number])
+
+
 @pytest.mark.parametrize("container", ["mp4", "mpegts", "avi", "matroska"])
 def test_damage_in_the_middle_costs_no_more_than_frames(container):
     video = bytearray(encode_video(64, container=container, gop=8))
