@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from itertools import chain, pairwise
 from typing import Generic, TypeVar
@@ -41,8 +42,10 @@ _BRANDS = {b"qt": "mov", b"M4V": "m4v", b"3gp": "3gp"}
 _IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _TS_PACKET = 188
 
-# One packet, one frame. Others hide frames (VP8) or leave some out (MPEG-4 part 2).
-_COUNTED = ("h264", "hevc", "vp9", "av1", "mjpeg")
+# One packet, one frame; but for hidden ones of VP8 and for those that MPEG-4 part 2 leaves out.
+_COUNTED = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "mpeg4")
+_MPEG4_LEFT_OUT = 10
+"""Bytes that a frame of MPEG-4 part 2 takes at most if it only repeats the one before."""
 # Others (AVI) know the order of decoding only.
 _TIMED = ("mov", "matroska", "mpegts", "flv")
 # Their decoder can leave out what no other frame refers to, without changing any other frame.
@@ -239,11 +242,15 @@ class _Schedule:
     @classmethod
     def of(cls, stream: av.VideoStream, packets: list[av.Packet]) -> "_Schedule | None":
         """Make a schedule, or none where packets are not known to be frames one by one."""
-        codec, container = stream.codec_context.codec.canonical_name, stream.container.format.name
+        context = stream.codec_context
+        codec = context.codec.canonical_name
+        timed = stream.container.format.name in _TIMED or not context.has_b_frames
         times = [packet.pts for packet in packets if packet.pts is not None]
-        if codec not in _COUNTED or container not in _TIMED or len(times) < len(packets):
+        if codec not in _COUNTED or not timed or len(times) < len(packets):
             return None
-        shown = [number for number, packet in enumerate(packets) if not packet.is_discard]
+        if codec == "mpeg4" and min(packet.size for packet in packets) <= _MPEG4_LEFT_OUT:
+            return None
+        shown = [number for number, packet in enumerate(packets) if _is_shown(packet, codec)]
         order = sorted(shown, key=times.__getitem__)
         keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
         sound = (
@@ -255,6 +262,10 @@ class _Schedule:
             and not any(packet.is_corrupt for packet in packets)
         )
         return cls(packets, times, order, keys) if sound else None
+
+    @cached_property
+    def _shown(self) -> set[int]:
+        return set(self.order)
 
     def decode(
         self, stream: av.VideoStream, indices: set[int], convert: Callable[[av.VideoFrame], Value]
@@ -268,6 +279,8 @@ class _Schedule:
             for time, frame in self._frames(context, start, stop, number):
                 # Before the first key frame's time there may be some that lack their reference.
                 if time >= self.times[start]:
+                    if time == self.times[start] and not frame.key_frame:
+                        raise _Surprise
                     came.append(time)
                     if time in number:
                         values[number[time]] = convert(frame)
@@ -316,15 +329,20 @@ class _Schedule:
     ) -> None:
         """Compare the times of frames that came with those that the packets promised."""
         promised = sorted(
-            time
-            for packet, time in zip(self.packets[start:stop], self.times[start:stop], strict=True)
-            if time >= self.times[start] and not packet.is_discard
+            self.times[packet]
+            for packet in range(start, stop)
+            if packet in self._shown and self.times[packet] >= self.times[start]
         )
         if skipping:
             present = set(came)
             promised = [time for time in promised if time in wanted or time in present]
         if came != promised:
             raise _Surprise
+
+
+def _is_shown(packet: av.Packet, codec: str) -> bool:
+    # The fifth bit of a VP8 frame; what it hides is there for others to refer to.
+    return not packet.is_discard and (codec != "vp8" or bool(memoryview(packet)[0] & 0x10))
 
 
 def _decode_all(

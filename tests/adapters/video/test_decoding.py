@@ -118,6 +118,52 @@ def test_only_what_is_needed_is_decoded(monkeypatch):
     assert fed == [*range(4), *range(12, 23), 24, *range(84, 91)]
 
 
+def with_tenth_packet(video, container, change):
+    """Copy a video, but for the bytes of one packet."""
+    file = BytesIO()
+    with av.open(BytesIO(video)) as source, av.open(file, "w", format=container) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if not packet.size:
+                continue
+            copied = av.Packet(change(bytes(packet)) if number == 10 else bytes(packet))
+            copied.pts, copied.dts, copied.time_base = packet.pts, packet.dts, packet.time_base
+            copied.is_keyframe = packet.is_keyframe
+            copied.stream = stream
+            output.mux(copied)
+    return file.getvalue()
+
+
+def test_frames_that_mpeg4_leaves_out_are_not_counted():
+    # Start code, P, no whole second passed, marker, 10/30 s, marker, not coded, stuffing.
+    bits = int("01" + "0" + "1" + f"{10:05b}" + "1" + "0" + "01111", 2)
+    left_out = b"\x00\x00\x01\xb6" + bits.to_bytes(2)
+    video = encode_video(container="avi", codec="mpeg4")
+    video = with_tenth_packet(video, "avi", lambda data: left_out)
+    assert_31_frames(video)
+
+
+def test_hidden_frames_of_vp8_are_not_counted(monkeypatch):
+    video = encode_video(**VIDEOS["vp8"])
+    video = with_tenth_packet(video, "webm", lambda data: bytes([data[0] & ~0x10]) + data[1:])
+    monkeypatch.setattr(decoding, "_decode_all", None)
+    assert_31_frames(video)
+
+
+def assert_31_frames(video):
+    expected = plain_decoding(video)
+    assert len(expected) == 31
+    np.testing.assert_array_equal(everything(video), expected)
+    for number in (9, 10, 30):
+        (frame,) = decode(video, [number])
+        np.testing.assert_array_equal(frame, expected[number])
+
+
+def test_dropped_frames_of_avi_are_not_counted():
+    video = encode_video(8, container="avi", codec="mpeg4", times=[0, 1, 2, 5, 6, 9, 10, 11])
+    assert len(everything(video)) == 8
+
+
 def test_frames_are_converted_once():
     calls = []
     video = encode_video()
