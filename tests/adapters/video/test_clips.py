@@ -104,7 +104,7 @@ def test_global_random_state_is_left_alone(video):
 
 
 def test_flip_mirrors_half_of_the_clips(video):
-    dense = ClipSampling(16, "dense", 2)  # There is but one such clip of 32 frames.
+    dense = ClipSampling(4, "dense", 8)  # There is but one such clip of 32 frames.
     plain = TrainClipDecoder(24, dense, **WHOLE)
     decoder = TrainClipDecoder(24, dense, **WHOLE, flip=True)
     flipped = 0
