@@ -1,6 +1,6 @@
 """Measurements side by side with the peers; `python -m benchmarks` lists them."""
 
 NAMES = (
-    *("loss", "text", "coswin", "step", "gradient_cache", "distributed", "zero_memory"),
+    *("loss", "text", "coswin", "coswin3d", "step", "gradient_cache", "distributed", "zero_memory"),
     *("cli", "loader", "clips", "zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu"),
 )

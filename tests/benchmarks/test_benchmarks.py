@@ -41,6 +41,16 @@ def test_coswin(tmp_path):
     assert 1.04 < facts["coswin_tiny_gflops"] / facts["swin_tiny_patch4_window7_224_gflops"] < 1.07
 
 
+def test_coswin3d(tmp_path):
+    record = run_quick("coswin3d", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [0.9, 0.9, None, None]
+    assert record["facts"]["time_windows"] == [2, 4, 8, 16]
+    _, work = record["tables"].values()
+    own, peer = work[:2]
+    assert own["embedding_and_merging"] > peer["embedding_and_merging"] > 0
+    assert 1.1 < own["all"] / peer["all"] < 1.3
+
+
 def test_step(tmp_path):
     record = run_quick("step", tmp_path)
     own, peer = record["facts"]["fp32_first_losses"]
