@@ -161,6 +161,11 @@ def upright(image: Image.Image, *, longer_side: int) -> Image.Image:
     return _on_white(_decode(image, share, _orientation(image))[0])
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an opened image as they are once it is upright."""
+    return _upright_size(image, _orientation(image))
+
+
 def _between(low: float, high: float, bits: int) -> float:
     return low + (high - low) * (bits / 2**32)
 

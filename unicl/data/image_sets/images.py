@@ -63,6 +63,11 @@ class ImageFiles:
         """Number of files."""
         return len(self._names)
 
+    @property
+    def names(self) -> list[str]:
+        """Paths of the files below the folder."""
+        return [os.fsdecode(name) for name in self._names]
+
     def digest(self) -> str:
         """Return a digest of the folder, and of the files' names, sizes and times, in order.
 

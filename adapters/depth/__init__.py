@@ -1,0 +1,1 @@
+"""Depth: images with a depth map, the paper's third dimension (Florence, figure 1)."""
