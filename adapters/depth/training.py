@@ -1,0 +1,147 @@
+"""From a recipe of images with depth to what it trains, and back from a run to its model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adapters.depth.config import DepthConfig, DepthRecipe
+from adapters.depth.rgbd import RgbdDecoder
+from adapters.depth.sets import open_rgbd_folder
+from adapters.video.samples import VideoSamples
+from unicl.build import Parts, build_held_out, build_train_loader
+from unicl.config import override_section
+from unicl.data.augment import EvalTransform, TrainTransform
+from unicl.data.reader import Transform
+from unicl.distributed import Ranks
+from unicl.errors import UsageError
+from unicl.models import (
+    build_tokenizer,
+    build_towers,
+    identity_of,
+    load_run,
+    start_from,
+    with_locks,
+)
+from unicl.pretraining import Pretraining, StepFlops
+from unicl.towers.image import ImageTower, check_image_size
+from unicl.towers.pretrained import Pretrained
+from unicl.towers.two_tower import TwoTower
+
+CHANNELS = 4
+_MAX_PIXELS = 1 << 30
+
+
+def build_model(recipe: DepthRecipe, *, start: bool) -> TwoTower:
+    """Build the towers of a recipe; `start` loads weights, of RGB or of four channels.
+
+    Raises:
+        UniclError: there are no such weights, or they do not fit.
+    """
+    image = recipe.image_tower
+    tower = ImageTower(
+        image.model,
+        embed_dim=recipe.embed_dim,
+        image_size=image.image_size,
+        in_chans=CHANNELS,
+        window_size=image.window_size,
+        drop_path_rate=image.drop_path_rate,
+        layer_scale=image.layer_scale,
+        checkpointing=image.checkpointing,
+        weights=Path(image.weights) if start and image.weights else None,
+    )
+    model = build_towers(recipe, tower)
+    return start_from(recipe, model) if start else with_locks(recipe, model)
+
+
+def build(recipe: DepthRecipe, ranks: Ranks, *, start: bool) -> Parts:
+    """Build a run on a class folder of images with depth, by the contrastive loss.
+
+    Raises:
+        UsageError: data are missing, or a setting does not fit them.
+        UniclError: the weights to start from are missing or do not fit.
+    """
+    model = build_model(recipe, start=start)
+    size, data = recipe.image_tower.image_size, recipe.data
+    check_image_size(model.image, size)
+    transform = TrainTransform(size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
+    decode = _decoder(transform, recipe.depth, data.max_image_pixels)
+    samples = _open_samples(Path(data.train), split="train")
+    evaluators = []
+    if recipe.evaluation.data is not None:
+        eval_decode = _decoder(EvalTransform(size), recipe.depth, data.max_image_pixels)
+        evaluators.append(
+            build_held_out(recipe, ranks, open_samples=_open_samples, decode=eval_decode)
+        )
+    return Parts(
+        Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks),
+        build_train_loader(recipe, ranks, samples=samples, decode=decode),
+        evaluators,
+        StepFlops(
+            model,
+            image_shape=(CHANNELS, size, size),
+            context_length=recipe.text_tower.context_length,
+        ),
+    )
+
+
+def load(path: Path, recipe: DepthRecipe) -> Pretrained:
+    """Load a run's model with its own way of reading images with depth, and those without.
+
+    Raises:
+        UniclError: the run has no checkpoint yet, or what there is is damaged.
+    """
+    size = recipe.image_tower.image_size
+    return Pretrained(
+        name=str(path),
+        model=load_run(path, build_model(recipe, start=False)),
+        tokenize=build_tokenizer(recipe),
+        transform=DepthlessTransform(size),
+        decode=_decoder(EvalTransform(size), recipe.depth, _MAX_PIXELS),
+        image_size=size,
+        context_length=recipe.text_tower.context_length,
+        identity=identity_of(recipe, in_chans=CHANNELS),
+        reading=asdict(recipe.depth),
+    )
+
+
+def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    """Let a model read images with depth: one of RGB sees the image in the file.
+
+    Raises:
+        UsageError: a key is unknown, or has no effect on a model of RGB.
+    """
+    if not model.reading:
+        if overrides:
+            raise UsageError(f"{min(overrides)} has no effect: {model.name} sees no depth")
+        return model
+    depth = override_section(DepthConfig(**model.reading), overrides, prefix="depth")
+    decode = _decoder(EvalTransform(model.image_size), depth, _MAX_PIXELS)
+    return replace(model, decode=decode, reading=asdict(depth))
+
+
+@dataclass(frozen=True)
+class DepthlessTransform:
+    """An image alone as one of whose depth nothing is known.
+
+    Args:
+        size: Side in pixels.
+    """
+
+    size: int
+
+    def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
+        """Return bytes [4, size, size] of an opened image."""
+        rgb = EvalTransform(self.size)(image)
+        return torch.cat([rgb, torch.zeros_like(rgb[:1])])
+
+
+def _decoder(transform: Transform, depth: DepthConfig, max_pixels: int) -> RgbdDecoder:
+    return RgbdDecoder(transform, max_pixels, unit=depth.unit, nearest=depth.nearest)
+
+
+def _open_samples(path: Path, split: str = "test") -> VideoSamples:
+    return VideoSamples(open_rgbd_folder(path, split=split))
