@@ -57,12 +57,14 @@ class RgbdDecoder:
         unit: Metres that a step of the depth map stands for: 1/1000 in NYUv2 and ScanNet, 1/5000 in
             TUM RGB-D, 1/8000 in SUN RGB-D.
         nearest: Depth in metres of byte 255; what is nearer has it, too.
+        depthless: Take an image without a depth map as one of whose depth nothing is known.
     """
 
     transform: Transform
     max_pixels: int
     unit: float = 0.001
     nearest: float = 0.5
+    depthless: bool = False
 
     def __call__(self, encoded: bytes, seed: int) -> UInt8[Tensor, "4 height width"]:
         """Decode what `join` made.
@@ -70,6 +72,9 @@ class RgbdDecoder:
         Raises:
             SampleError: One of the two files is missing or cannot be decoded, or they do not fit.
         """
+        if self.depthless and not encoded.endswith(_MARK):
+            rgb = ImageDecoder(self.transform, self.max_pixels)(encoded, seed)
+            return torch.cat([rgb, torch.zeros_like(rgb[:1])])
         image, depth = part(encoded)
         size = (0, 0)
 

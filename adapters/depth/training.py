@@ -100,7 +100,7 @@ def load(path: Path, recipe: DepthRecipe) -> Pretrained:
         model=load_run(path, build_model(recipe, start=False)),
         tokenize=build_tokenizer(recipe),
         transform=DepthlessTransform(size),
-        decode=_decoder(EvalTransform(size), recipe.depth, _MAX_PIXELS),
+        decode=_lenient_decoder(size, recipe.depth),
         image_size=size,
         context_length=recipe.text_tower.context_length,
         identity=identity_of(recipe, in_chans=CHANNELS),
@@ -119,7 +119,7 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
             raise UsageError(f"{min(overrides)} has no effect: {model.name} sees no depth")
         return model
     depth = override_section(DepthConfig(**model.reading), overrides, prefix="depth")
-    decode = _decoder(EvalTransform(model.image_size), depth, _MAX_PIXELS)
+    decode = _lenient_decoder(model.image_size, depth)
     return replace(model, decode=decode, reading=asdict(depth))
 
 
@@ -141,6 +141,10 @@ class DepthlessTransform:
 
 def _decoder(transform: Transform, depth: DepthConfig, max_pixels: int) -> RgbdDecoder:
     return RgbdDecoder(transform, max_pixels, unit=depth.unit, nearest=depth.nearest)
+
+
+def _lenient_decoder(size: int, depth: DepthConfig) -> RgbdDecoder:
+    return replace(_decoder(EvalTransform(size), depth, _MAX_PIXELS), depthless=True)
 
 
 def _open_samples(path: Path, split: str = "test") -> VideoSamples:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from adapters.depth.plugin import plugin
-from adapters.depth.rgbd import join
+from adapters.depth.rgbd import join, part
 from tests.adapters.depth.test_learning import write_shapes
 from tests.unicl.corpus import small_recipe, write_corpus
 from unicl.build import train
 from unicl.config import Plugin, load_recipe, parse_recipe, plugins
+from unicl.data.augment import open_image
 from unicl.distributed import ALONE
 from unicl.errors import UsageError
 from unicl.evaluation.cache import Setting, decoder_of
@@ -48,6 +49,10 @@ def test_fine_tuning_starts_as_the_rgb_model(tmp_path: Path) -> None:
     run = train(recipe, tmp_path / "rgbd")
     tuned = load(run.path, device="cpu")
     assert decoder_of(tuned)(sample, 0).shape == (4, 24, 24)
+    image = part(sample)[0]
+    alone = tuned.transform(open_image(image), 0)
+    assert torch.equal(decoder_of(tuned)(image, 0), alone)
+    assert alone[3].max() == 0
     stem = tuned.model.image.backbone.patch_embed.proj.weight
     assert stem[:, 3].abs().max() > 0
     test = plugin.open_set(str(tmp_path / "shapes"), split="test", root=tmp_path, kind=None)

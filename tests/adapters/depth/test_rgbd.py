@@ -1,6 +1,7 @@
 """One file of two: what comes out of it, and under which reason it is left out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -107,6 +108,17 @@ def test_a_photo_that_lies_on_its_side_is_as_upright_as_its_depth() -> None:
     assert WHOLE(join(file.getvalue(), png(plane(1000, 60, 40))), 0).shape == (4, 32, 32)
     with pytest.raises(SampleError, match="another shape"):
         WHOLE(join(file.getvalue(), png(plane(1000, 40, 60))), 0)
+
+
+def test_an_image_alone_has_no_known_depth() -> None:
+    lenient = replace(WHOLE, depthless=True)
+    image, depth = png(noise()), png(plane(1000))
+    assert torch.equal(lenient(join(image, depth), 0), WHOLE(join(image, depth), 0))
+    decoded = lenient(image, 0)
+    assert torch.equal(decoded[:3], WHOLE(join(image, depth), 0)[:3])
+    assert decoded[3].max() == 0
+    with pytest.raises(SampleError, match="undecodable depth"):
+        lenient(join(image, b""), 0)
 
 
 def rough() -> np.ndarray:
