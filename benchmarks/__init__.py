@@ -2,5 +2,6 @@
 
 NAMES = (
     *("loss", "text", "coswin", "coswin3d", "step", "gradient_cache", "distributed", "zero_memory"),
-    *("cli", "loader", "clips", "zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu"),
+    *("cli", "loader", "clips", "inflation", "zero_shot", "linear_probe", "retrieval", "search"),
+    *("demo", "gpu"),
 )

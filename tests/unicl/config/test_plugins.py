@@ -23,7 +23,7 @@ from unicl.errors import UniclError, UsageError
 
 
 def test_the_installed_one_keeps_the_contract() -> None:
-    assert plugin_names() == ("video",)
+    assert "video" in plugin_names()
     assert isinstance(find_plugin("video"), Plugin)
     assert find_plugin("video").name == "video"
 
@@ -47,7 +47,7 @@ def test_a_recipe_with_a_section_of_a_plugin_comes_back_unchanged() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": "vidio"}, "no task 'vidio'; installed are pretraining, video"),
+        ({"task": "vidio"}, "no task 'vidio'; installed are pretraining, .*video"),
         ({"video.num_frames": "8"}, "unknown key video"),
         ({"task": "video", "video.num_frame": "8"}, "did you mean video.num_frames"),
         ({"task": "video", "video.num_crops": "2"}, "video.num_crops must be 1 or 3, got 2"),
