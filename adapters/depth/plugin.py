@@ -48,6 +48,13 @@ class DepthPlugin:
 
         return has_depth(Path(spec))
 
+    def open_source(self, spec: str) -> Any:
+        """Refuse: shards have one file for each sample."""
+        raise UsageError(
+            f"{spec} has depth maps, which shards cannot hold; train on it as it lies: "
+            f"unicl train depth_classes --data.train {spec}"
+        )
+
     def open_set(self, spec: str, *, split: str, root: Path, kind: Any) -> Any:
         """Open a class folder of images with depth maps."""
         from adapters.depth.sets import open_rgbd_folder
