@@ -49,9 +49,13 @@ class DepthPlugin:
         return has_depth(Path(spec))
 
     def open_source(self, spec: str) -> Any:
-        """Refuse: shards have one file for each sample."""
+        """Refuse to write shards, which have no place for a depth map.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(
-            f"{spec} has depth maps, which shards cannot hold; train on it as it lies: "
+            f"{spec} holds images with depth maps, which are trained on as they lie: "
             f"unicl train depth_classes --data.train {spec}"
         )
 

@@ -75,6 +75,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_recipe("depth_classes", {"model": "open_clip:ViT-B-32"})
     with pytest.raises(UsageError, match="has classes, but captions are needed"):
         plugin.open_set("x", split="test", root=tmp_path, kind="captions")
+    with pytest.raises(UsageError, match=r"trained on as they lie: unicl train depth_classes --d"):
+        plugin.open_source("rooms")
 
 
 def test_pictures() -> None:
