@@ -4,22 +4,19 @@ Classes are texts like any other: their names, in prompt templates, go through t
 images of one class are positives of each other. Nothing is added to the model.
 """
 
-import json
 import logging
 import time
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from unicl.build import train
 from unicl.config import Plugin, Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
+from unicl.data.image_sets.source import SetSource
 from unicl.data.prepare import is_finished, prepare
 from unicl.data.progress import progress_bar
-from unicl.data.shards import SampleError, ShardSet
-from unicl.data.sources import Entry, SkippedEntry, image_type
+from unicl.data.shards import ShardSet
 from unicl.distributed import find_launch, first_speaks, joined
 from unicl.engine.checkpoint import checkpoints
 from unicl.errors import UsageError
@@ -180,7 +177,7 @@ def _prepare_first(training: ClassificationSet | CaptionSet, out: Path) -> None:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if not is_finished(folder):
         _prepare(training, folder)
-    if ShardSet.open(folder).info.get("fingerprint") != SetSource(training).fingerprint:
+    if ShardSet.open(folder).info.get("fingerprint") != SetSource({"": training}).fingerprint:
         raise UsageError(
             f"{folder} holds other images, classes or captions than {training}; "
             "choose another --out"
@@ -189,60 +186,5 @@ def _prepare_first(training: ClassificationSet | CaptionSet, out: Path) -> None:
 
 def _prepare(training: ClassificationSet | CaptionSet, folder: Path) -> None:
     with progress_bar("preparing") as progress:
-        prepared = prepare(SetSource(training), folder, progress=progress)
+        prepared = prepare(SetSource({"": training}), folder, progress=progress)
     logger.info("%s", prepared)
-
-
-@dataclass(frozen=True)
-class SetSource:
-    """A set of images as a source of shards: each image with its class's name or its captions."""
-
-    images: ClassificationSet | CaptionSet
-
-    splits = ("",)
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return str(self.images)
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What `dataset.json` shall say."""
-        return {"source": str(self.images), "fingerprint": self.fingerprint}
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest that changes when images, classes or captions may have changed."""
-        digest = blake2b(self.images.fingerprint.encode(), digest_size=16)
-        if isinstance(self.images, CaptionSet):
-            digest.update(json.dumps(self.images.captions).encode())
-        else:
-            digest.update(json.dumps(self.images.class_names).encode())
-            digest.update(self.images.targets.tobytes())
-        return digest.hexdigest()
-
-    def num_entries(self, split: str) -> int:
-        """Return the number of images."""
-        return self.images.num_samples
-
-    def entries(self, split: str) -> Generator[Entry | SkippedEntry, None, None]:
-        """Go through the images; an image comes once per caption."""
-        for row in range(self.images.num_samples):
-            where, number = self.images.locate(row)
-            try:
-                image = self.images.read(row).image
-            except SampleError as error:
-                yield SkippedEntry(error.reason, f"{where}, {number}")
-                continue
-            extension = image_type(image)
-            if extension is None:
-                yield SkippedEntry("not an image", f"{where}, {number}")
-                continue
-            for turn, text in enumerate(self._texts(row)):
-                yield Entry(f"{row:08d}-{turn}", image, extension, text)
-
-    def _texts(self, row: int) -> tuple[str, ...]:
-        if isinstance(self.images, CaptionSet):
-            return self.images.captions[row]
-        return (self.images.class_names[int(self.images.targets[row])],)

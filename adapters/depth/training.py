@@ -11,10 +11,10 @@ from torch import Tensor
 from adapters.depth.config import DepthConfig, DepthRecipe
 from adapters.depth.rgbd import RgbdDecoder
 from adapters.depth.sets import open_rgbd_folder
-from adapters.video.samples import VideoSamples
 from unicl.build import Parts, build_held_out, build_train_loader
 from unicl.config import override_section
 from unicl.data.augment import EvalTransform, TrainTransform
+from unicl.data.image_sets.samples import SetSamples
 from unicl.data.reader import Transform
 from unicl.distributed import Ranks
 from unicl.errors import UsageError
@@ -147,5 +147,5 @@ def _lenient_decoder(size: int, depth: DepthConfig) -> RgbdDecoder:
     return replace(_decoder(EvalTransform(size), depth, _MAX_PIXELS), depthless=True)
 
 
-def _open_samples(path: Path, split: str = "test") -> VideoSamples:
-    return VideoSamples(open_rgbd_folder(path, split=split))
+def _open_samples(path: Path, split: str = "test") -> SetSamples:
+    return SetSamples(open_rgbd_folder(path, split=split))

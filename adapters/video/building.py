@@ -12,7 +12,7 @@ from adapters.video.action import ActionRecognition, Recognition
 from adapters.video.clips import ClipSampling, TrainClipDecoder
 from adapters.video.config import VideoRecipe
 from adapters.video.pretrained import FramesDecoder, build_model, eval_decoder, view_dims
-from adapters.video.samples import open_video_samples
+from adapters.video.sets import open_video_samples
 from adapters.video.towers import VideoClassifier
 from unicl.build import (
     Parts,

@@ -54,9 +54,9 @@ class VideoPlugin:
 
     def open_source(self, spec: str) -> Any:
         """Open a set of videos to write shards of it."""
-        from adapters.video.source import VideoSource
+        from adapters.video.source import open_video_source
 
-        return VideoSource(spec)
+        return open_video_source(spec)
 
     def open_set(self, spec: str, *, split: str, root: Path, kind: Any) -> Any:
         """Open a set of videos with classes or captions."""

@@ -36,6 +36,7 @@ from unicl.data.image_sets.class_folder import (
 from unicl.data.image_sets.image_set import choose_split, require_whole
 from unicl.data.image_sets.images import ImageFiles
 from unicl.data.image_sets.prepared import open_prepared, prepared_parts
+from unicl.data.image_sets.samples import SetSamples
 from unicl.data.image_sets.webdataset import is_webdataset, open_webdataset
 from unicl.data.shard_index import VIDEO_EXTENSIONS
 from unicl.data.sources import class_name
@@ -103,6 +104,22 @@ def open_video_set(
     if opened.split not in (split, ""):
         logger.info("%s has no %s part, its %s is taken", opened.name, split, opened.split)
     return opened
+
+
+def open_video_samples(spec: str, *, split: str, root: Path) -> SetSamples:
+    """Open a split of a set of videos to train on; see `open_video_set`.
+
+    What the set lacks is told at once.
+
+    Raises:
+        UsageError: There is no such set or split, or its videos have several classes each.
+        UniclError: The annotations are damaged.
+    """
+    videos = open_video_set(spec, split=split, root=root)
+    if videos.skipped:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in videos.skipped.items())
+        logger.warning("%s has %d of its videos (%s)", videos, videos.num_samples, reasons)
+    return SetSamples(videos)
 
 
 def open_videos(spec: str, *, split: str = "test", root: Path) -> ImageSet:

@@ -18,7 +18,20 @@ from unicl.data.hash_table import TextHashTable
 from unicl.errors import UniclError, UsageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "3gp", "ogv")
+VIDEO_EXTENSIONS = (
+    "mp4",
+    "mkv",
+    "webm",
+    "avi",
+    "mov",
+    "m4v",
+    "mpg",
+    "mpeg",
+    "flv",
+    "wmv",
+    "3gp",
+    "ogv",
+)
 # Of a sample with several, the first counts: a clip may have a picture beside it, as video2dataset
 # writes them.
 MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)

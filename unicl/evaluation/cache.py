@@ -44,11 +44,11 @@ logger = logging.getLogger("unicl")
 _BLOCK = 8192
 _FORMAT = 2
 _MAX_IMAGE_PIXELS = 1 << 30  # public sets hold scans that are larger than Pillow's own limit
-# What is wrong with a file itself. What a disk or a right of access kept from being read may be
-# there the next time, so a block that lacks such files is not remembered.
-_LASTING = {
-    *("undecodable image", "image too large", "no image"),
-    *("undecodable video", "video too large", "no video stream", "no frames"),
+# What a disk or a right of access kept from being read may be there the next time, so a block that
+# lacks such files is not remembered; what is wrong with a file itself stays so.
+_PASSING = {
+    *("missing file", "unreadable file", "missing index", "damaged index"),
+    *("unreadable tar", "truncated tar", "changed tar"),
 }
 
 
@@ -330,7 +330,7 @@ def _recalled_tensors(
     if present:
         return ranks.together(lambda: found or _require(path))
     tensors, notes = make()
-    lasting = set(json.loads(notes.get("skipped", "{}"))) <= _LASTING
+    lasting = _PASSING.isdisjoint(json.loads(notes.get("skipped", "{}")))
     ranks.together(lambda: _write(path, tensors, notes) if lasting and ranks.first else None)
     return tensors, notes
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters.video.samples import VideoSamples, open_video_samples
+from adapters.video.sets import open_video_samples
 from tests.adapters.video.layouts import files, lines, msr_vtt
 from unicl.build import TextSamples
 from unicl.data.augment import TrainTransform
 from unicl.data.hash_table import text_label
 from unicl.data.image_sets import ClassificationSet
 from unicl.data.image_sets.images import ImageFiles
+from unicl.data.image_sets.samples import SetSamples
+from unicl.data.image_sets.source import SetSource
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prepare import prepare
@@ -23,7 +25,6 @@ from unicl.data.prompts import PromptSampler
 from unicl.data.reader import ImageDecoder
 from unicl.data.shards import SampleError, ShardSet
 from unicl.errors import UniclError, UsageError
-from unicl.fine_tuning import SetSource
 
 
 def picture(path, shade):
@@ -78,7 +79,7 @@ def test_a_sample_per_video_of_a_class(tmp_path):
 
 def test_samples_are_those_of_shards_of_the_set(captioned):
     samples = open_video_samples(str(captioned), split="train", root=captioned)
-    prepare(SetSource(samples.videos), captioned / "shards")
+    prepare(SetSource({"": samples.images}), captioned / "shards")
     shards = ShardSet.open(captioned / "shards")
     assert samples.num_samples == shards.num_samples
     for index in range(shards.num_samples):
@@ -186,8 +187,8 @@ def test_several_classes_of_a_video_are_refused(tmp_path):
         targets=np.ones((1, 2), np.bool_),
         metric="map",
     )
-    with pytest.raises(UsageError, match="needs one class per video; several has several"):
-        VideoSamples(several)
+    with pytest.raises(UsageError, match="needs one class per sample; several has several"):
+        SetSamples(several)
 
 
 def test_texts_that_only_look_different_share_a_label(tmp_path):
