@@ -77,7 +77,10 @@ class VideoPlugin:
             targets = {"targets": own.targets, "label_smoothing": own.label_smoothing}
             video = replace(towers.video, **targets, class_names=(), dropout=own.dropout)  # type: ignore[arg-type]
             return replace(recipe, video=video)
-        is_coswin = towers.model is None and towers.image_tower.model.startswith("coswin")
+        if towers.model is not None:  # of open_clip; its towers take no head
+            of_frames: Any = {"tower": "frames", "targets": "texts", "dropout": 0.0}
+            return replace(recipe, video=replace(recipe.video, **of_frames))
+        is_coswin = towers.image_tower.model.startswith("coswin")
         tower: Any = "3d" if is_coswin else "frames"
         return replace(recipe, video=replace(recipe.video, tower=tower))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from adapters.video.clips import ClipSampling, EvalClipDecoder
 from adapters.video.config import VideoConfig, VideoRecipe
-from adapters.video.coswin3d import coswin3d
+from adapters.video.coswin3d import coswin3d, load_image_weights
 from adapters.video.towers import VideoClassifier, VideoTwoTower
+from cosswin import CoSwin
 from unicl.config import override_section
 from unicl.data.augment import EvalTransform
 from unicl.data.reader import Decode
@@ -32,6 +33,7 @@ from unicl.models import (
 )
 from unicl.towers.image import ImageTower, backbone_weights, carry_backbone
 from unicl.towers.pretrained import Pretrained
+from unicl.towers.two_tower import TwoTower
 
 # What may differ from the training at evaluation.
 _READING = ("num_frames", "sampling", "frame_stride", "num_clips", "num_crops")
@@ -81,11 +83,7 @@ def _build_tower(recipe: VideoRecipe, *, start: bool) -> ImageTower:
     if video.tower == "3d":
         backbone = coswin3d(
             image.model,
-            tube_frames=video.tube_frames,
-            tube_stride=video.tube_stride,
-            merge_steps=video.merge_steps,
-            time_windows=video.time_windows or None,
-            space_windows=video.space_windows or image.window_size,
+            **_tower_settings(video, space_windows=image.window_size),
             img_size=image.image_size,
             drop_path_rate=image.drop_path_rate,
             layer_scale=image.layer_scale,
@@ -170,38 +168,78 @@ def load(path: Path, recipe: VideoRecipe) -> Pretrained:
 def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
     """Let a model see videos.
 
-    A run on videos reads them as it was trained, a model of images takes 12 frames spread over the
-    video, unless overrides say otherwise.
+    A run on videos reads them as it was trained, unless overrides say otherwise. A model of images
+    sees 12 frames spread over the video, each alone (CLIP4Clip's mean); `video.tower` 3d inflates
+    its CoSwin without any training, as Florence's zero-shot retrieval does (3.9).
 
     Args:
         model: of videos or of images.
-        overrides: keys of how videos are read, such as {"video.num_clips": "4"}.
+        overrides: keys of how videos are read, such as {"video.num_clips": "4"}; for a model of
+            images also those of the tower.
 
     Raises:
         UsageError: a key has no effect at evaluation, or is none.
     """
+    if not model.reading:
+        return _adapt_images(model, overrides)
     of_training = {f"video.{name}" for name in asdict(_OF_IMAGES) if name not in _READING}
     if fixed := sorted(of_training.intersection(overrides)):
         raise UsageError(
             f"{fixed[0]} belongs to training; at evaluation there are "
             f"{', '.join(f'video.{name}' for name in _READING)}"
         )
-    own = _OF_IMAGES
     towers = model.model
-    if model.reading:
-        assert isinstance(towers, VideoTwoTower | VideoClassifier)
-        tower: Any = "3d" if towers.view_dims == 4 else "frames"
-        own = VideoConfig(tower=tower, **model.reading)
-    else:
-        towers = VideoTwoTower.of(towers, view_dims=3).eval()
-    video = override_section(own, overrides, prefix="video")
+    assert isinstance(towers, VideoTwoTower | VideoClassifier)
+    tower: Any = "3d" if towers.view_dims == 4 else "frames"
+    video = override_section(VideoConfig(tower=tower, **model.reading), overrides, prefix="video")
+    return replace(model, decode=eval_decoder(video, model.image_size), reading=_reading(video))
+
+
+def _adapt_images(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    video = override_section(_OF_IMAGES, overrides, prefix="video")
+    towers = model.model
+    if video.tower == "3d":
+        towers = _inflated(towers, video, model)
     crop = getattr(model.transform, "crop", 1.0)  # open_clip's see all of the shorter side
     return replace(
         model,
-        model=towers,
+        model=VideoTwoTower.of(towers, view_dims=view_dims(video)).eval(),
         decode=eval_decoder(video, model.image_size, crop=crop),
         reading=_reading(video),
     )
+
+
+def _inflated(model: TwoTower, video: VideoConfig, of: Pretrained) -> TwoTower:
+    """Return a model with the 3D-CoSwin in place of its CoSwin; they share the other weights."""
+    image: Any = model.image
+    backbone = getattr(image, "backbone", None)
+    if not isinstance(backbone, CoSwin):
+        raise UsageError(
+            f"video.tower 3d inflates a CoSwin only, which {of.name} has not; leave it out"
+        )
+    stages: Any = backbone.layers
+    windows = tuple(stage.blocks[0].attn.window_size[0] for stage in stages)
+    inflated = coswin3d(
+        image.model, img_size=of.image_size, **_tower_settings(video, space_windows=windows)
+    )
+    load_image_weights(inflated, backbone.state_dict(), source=of.name)
+    tower = ImageTower(image.model, embed_dim=image.projection.out_features, backbone=inflated)
+    tower.projection = image.projection
+    towers = TwoTower(tower.to(model.logit_scale.device), model.text, max_scale=model.max_scale)
+    towers.logit_scale = model.logit_scale
+    return towers
+
+
+def _tower_settings(
+    video: VideoConfig, *, space_windows: int | Sequence[int] | None
+) -> dict[str, Any]:
+    return {
+        "tube_frames": video.tube_frames,
+        "tube_stride": video.tube_stride,
+        "merge_steps": video.merge_steps,
+        "time_windows": video.time_windows or None,
+        "space_windows": video.space_windows or space_windows,
+    }
 
 
 def _reading(video: VideoConfig) -> dict[str, Any]:
