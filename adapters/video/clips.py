@@ -13,7 +13,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Video
 
-from adapters.video.decoding import Frame, decode_frames, key_frame, video_type
+from adapters.video.decoding import Frame, decode_frames, key_frame
+from adapters.video.files import video_type
 from adapters.video.sampling import ClipSampling
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.order import mix

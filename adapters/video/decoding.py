@@ -15,33 +15,27 @@ from io import BytesIO
 from itertools import chain, pairwise
 from typing import Generic, TypeVar
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from adapters.video.files import video_type
 from unicl.data.shards import SampleError
+from unicl.errors import UsageError
+
+try:
+    import av
+    from av.video.reformatter import VideoReformatter
+except ImportError as error:
+    raise UsageError(f'videos need PyAV: pip install "unicl[video]" ({error})') from error
 
 # Formats are named, not left to libav's guess: it also knows play lists, which open other files.
 _FORMATS = {
     "mp4": "mov", "m4v": "mov", "mov": "mov", "3gp": "mov", "mkv": "matroska", "webm": "matroska",
     "avi": "avi", "mpg": "mpeg", "ts": "mpegts", "flv": "flv", "wmv": "asf", "ogv": "ogg",
 }  # fmt: skip
-_SIGNATURES = {
-    b"\x00\x00\x01\xba": "mpg",
-    b"FLV\x01": "flv",
-    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "wmv",
-    b"OggS": "ogv",
-}
-# The first box of QuickTime files from before there were brands.
-_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_BRANDS = {b"qt": "mov", b"M4V": "m4v", b"3gp": "3gp"}
-_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-_TS_PACKET = 188
-
 # One packet, one frame; but for hidden ones of VP8 and for those that MPEG-4 part 2 leaves out.
 _COUNTED = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg", "mpeg4")
 _MPEG4_LEFT_OUT = 10
@@ -55,25 +49,6 @@ _KEY_FRAME_PIXELS = 1 << 26
 
 Frame = UInt8[Tensor, "height width 3"]
 Value = TypeVar("Value")
-
-
-def video_type(encoded: bytes) -> str | None:
-    """Return the extension that a video's content asks for, such as "mp4"; None for no video.
-
-    Animated images (GIF, WebP, AVIF) are images here.
-    """
-    brand = encoded[8:12]
-    if encoded[4:8] == b"ftyp":
-        return None if brand in _IMAGE_BRANDS else _BRANDS.get(brand.rstrip()[:3], "mp4")
-    if encoded[4:8] in _QUICKTIME:
-        return "mov"
-    if encoded[:4] == b"RIFF":
-        return "avi" if brand == b"AVI " else None
-    if encoded[:4] == b"\x1a\x45\xdf\xa3":
-        return "webm" if b"webm" in encoded[:64] else "mkv"
-    if encoded[: 4 * _TS_PACKET : _TS_PACKET] == b"G" * 4:
-        return "ts"
-    return next((name for start, name in _SIGNATURES.items() if encoded.startswith(start)), None)
 
 
 def key_frame(encoded: bytes) -> bytes:

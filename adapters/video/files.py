@@ -1,4 +1,4 @@
-"""Video files, and whether a path holds any; without torch."""
+"""Video files, and whether a path holds any; without torch and PyAV."""
 
 import os
 from collections import defaultdict
@@ -16,6 +16,18 @@ KNOWN_VIDEO_SETS = ("kinetics400", "kinetics600", "kinetics700", "msrvtt")
 
 _LOOKS = 1000
 
+_SIGNATURES = {
+    b"\x00\x00\x01\xba": "mpg",
+    b"FLV\x01": "flv",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11": "wmv",
+    b"OggS": "ogv",
+}
+# The first box of QuickTime files from before there were brands.
+_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_BRANDS = {b"qt": "mov", b"M4V": "m4v", b"3gp": "3gp"}
+_IMAGE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_TS_PACKET = 188
+
 
 def holds_videos(spec: str) -> bool:
     """Say whether what a person typed is a set of videos, or a folder of them.
@@ -31,6 +43,25 @@ def holds_videos(spec: str) -> bool:
     if not spec or not path.is_dir():
         return False
     return find_annotations(path) is not None or _mostly_videos(path)
+
+
+def video_type(encoded: bytes) -> str | None:
+    """Return the extension that a video's content asks for, such as "mp4"; None for no video.
+
+    Animated images (GIF, WebP, AVIF) are images here.
+    """
+    brand = encoded[8:12]
+    if encoded[4:8] == b"ftyp":
+        return None if brand in _IMAGE_BRANDS else _BRANDS.get(brand.rstrip()[:3], "mp4")
+    if encoded[4:8] in _QUICKTIME:
+        return "mov"
+    if encoded[:4] == b"RIFF":
+        return "avi" if brand == b"AVI " else None
+    if encoded[:4] == b"\x1a\x45\xdf\xa3":
+        return "webm" if b"webm" in encoded[:64] else "mkv"
+    if encoded[: 4 * _TS_PACKET : _TS_PACKET] == b"G" * 4:
+        return "ts"
+    return next((name for start, name in _SIGNATURES.items() if encoded.startswith(start)), None)
 
 
 def find_videos(folder: Path) -> dict[str, list[str]]:

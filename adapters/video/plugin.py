@@ -86,9 +86,13 @@ class VideoPlugin:
 
     def picture(self, encoded: bytes) -> bytes | None:
         """Return a video's key frame as an image file; None for what is no video."""
-        from adapters.video.decoding import key_frame, video_type
+        from adapters.video.files import video_type
 
-        return None if video_type(encoded) is None else key_frame(encoded)
+        if video_type(encoded) is None:
+            return None
+        from adapters.video.decoding import key_frame  # needs PyAV, which images do without
+
+        return key_frame(encoded)
 
 
 plugin = VideoPlugin()
