@@ -38,7 +38,7 @@ from unicl.evaluation.linear_probe import LinearProbe
 from unicl.evaluation.page import figure
 from unicl.evaluation.published import Published, is_rank, published
 from unicl.evaluation.results import Result, save_result, to_csv
-from unicl.models import choose_device, load
+from unicl.models import choose_device, load_for
 from unicl.towers.pretrained import Pretrained
 
 logger = logging.getLogger("unicl")
@@ -141,7 +141,9 @@ def evaluate(
         # Opened before the model is loaded: a name that is wrong is told at once.
         work = ranks.together(lambda: _open_all(protocol, data, options, plugin))
         probe = ranks.together(lambda: _open_probe(protocol, options))
-        loaded = ranks.together(lambda: load_for(plugin, model, str(device), overrides))
+        loaded = ranks.together(
+            lambda: load_for(plugin, model, device=str(device), overrides=overrides)
+        )
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
         # Asked now, for embedding a set may take hours.
@@ -153,17 +155,6 @@ def evaluate(
             ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
             logger.info("%s: %s %s", result.name, result.headline, _headline(result))
     return results
-
-
-def load_for(
-    plugin: Plugin | None,
-    model: str | Path,
-    device: str,
-    overrides: Mapping[str, str] | None = None,
-) -> Pretrained:
-    """Load a model, and let it see a plug-in's medium if one is given."""
-    loaded = load(model, device=device)
-    return loaded if plugin is None else plugin.adapt(loaded, overrides or {})
 
 
 def _require_writable(folder: Path) -> None:

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicl.config import PRETRAINING, Recipe, find_plugin, parse_recipe
+from unicl.config import PRETRAINING, Plugin, Recipe, find_plugin, parse_recipe
 from unicl.config.schema import ImageTowerConfig, TextTowerConfig
 from unicl.data.augment import EvalTransform
 from unicl.distributed import local_rank
@@ -241,6 +241,21 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
         pretrained = _load_own(Path(name))
     pretrained.model.to(chosen).eval()
     return pretrained
+
+
+def load_for(
+    plugin: Plugin | None,
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    overrides: Mapping[str, str] | None = None,
+) -> Pretrained:
+    """Load a model as `load` does, and let it see a plug-in's medium if one is given."""
+    loaded = load(name, device=device)
+    if plugin is None:
+        return loaded
+    adapted: Pretrained = plugin.adapt(loaded, overrides or {})
+    return adapted
 
 
 def full_name(name: str | Path) -> str:

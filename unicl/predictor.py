@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from unicl.config import find_plugin, plugin_names
 from unicl.data.augment import UndecodableImage, open_image
 from unicl.data.prompts import TEMPLATES
+from unicl.data.reader import samples_at_once
+from unicl.data.shards import SampleError
 from unicl.errors import UniclError, UsageError
+from unicl.evaluation.cache import decoder_of
 from unicl.evaluation.embeddings import (
     autocast_of,
     computing_in,
@@ -33,7 +37,7 @@ from unicl.towers.pretrained import Pretrained
 
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 """A path or a URL (http, https, file), a PIL image, or an array [height, width] or
-[height, width, 3 or 4] of bytes."""
+[height, width, 3 or 4] of bytes. A model of videos takes paths and URLs of videos, too."""
 
 Images = Sequence[ImageInput] | NDArray[np.uint8]
 """A list of them, or an array of bytes with one more axis in front."""
@@ -49,7 +53,7 @@ class Predictor:
 
     Args:
         model: the towers with their tokenizer and transform; they are put into eval mode.
-        batch_size: images or texts per forward pass.
+        batch_size: images (of videos: frames) or texts per forward pass.
         precision: type of the towers' arithmetic: fp32, bf16 or fp16.
     """
 
@@ -61,7 +65,10 @@ class Predictor:
         self.model = model.model
         self.tokenize = model.tokenize
         self.transform = model.transform
+        self.decode = model.decode
         self.batch_size = batch_size
+        self._shape = decoder_of(model).empty().shape[1:]
+        self._at_once = samples_at_once(decoder_of(model), batch_size)
         # The same names are asked for again and again; safe for threads, unlike a dict of ours.
         self._classifier = functools.lru_cache(maxsize=8)(self._build_classifier)
 
@@ -70,27 +77,37 @@ class Predictor:
         cls,
         name: str | Path,
         *,
+        medium: str | None = None,
         device: str = "auto",
         batch_size: int = 64,
         precision: str = "fp32",
     ) -> "Predictor":
         """Load a model by its name; nothing is unpickled.
 
+        Example: `Predictor.load("runs/demo", medium="video").embed_images(["clip.mp4"])`.
+
         Args:
             name: a run's folder or one of its checkpoints, a folder that `unicl export` or
                 open_clip wrote, `open_clip:NAME[/WEIGHTS]`, or a `.pth` file of UniCL's release.
+            medium: what a model of images shall see besides, such as `video`; a run on videos sees
+                them anyway.
             device: auto, cpu, cuda or cuda:N.
-            batch_size: images or texts per forward pass.
+            batch_size: images (of videos: frames) or texts per forward pass.
             precision: type of the towers' arithmetic: fp32, bf16 or fp16.
 
         Raises:
             UniclError: there is no such model, or it is damaged.
-            UsageError: `device` is none of the above, or is not there.
+            UsageError: `device` is none of the above, or is not there; or no plug-in has `medium`.
         """
+        if medium not in (None, *plugin_names()):
+            known = ", ".join(plugin_names()) or "none"
+            raise UsageError(f"there is no medium {medium!r} besides images; installed: {known}")
         # Late: loading knows every kind of model, using one needs only a few of them.
-        from unicl.models import load
+        from unicl.models import load_for
 
-        return cls(load(name, device=device), batch_size=batch_size, precision=precision)
+        plugin = None if medium is None else find_plugin(medium)
+        model = load_for(plugin, name, device=device)
+        return cls(model, batch_size=batch_size, precision=precision)
 
     def __repr__(self) -> str:
         return f"<Predictor of {self.name} on {device_of(self.model)}>"
@@ -187,25 +204,30 @@ class Predictor:
         device = device_of(self.model)
         embeddings = []
         with evaluating(self.model), computing_in(device, self._autocast):
-            for start in range(0, len(images), self.batch_size):
+            for start in range(0, len(images), self._at_once):
                 pixels = [
                     self._pixels(image, number)
-                    for number, image in enumerate(images[start : start + self.batch_size], start)
+                    for number, image in enumerate(images[start : start + self._at_once], start)
                 ]
                 embeddings.append(encode(torch.stack(pixels).to(device)).float().cpu())
         return torch.cat(embeddings)
 
-    def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "3 size size"]:
+    def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "*view size size"]:
         if isinstance(image, str | Path):
             name = str(image)
         else:  # Pillow's images know the file that they were opened from
             name = getattr(image, "filename", "") or f"image {number}"
         with naming(name):
             if isinstance(image, str | Path):
-                return self.transform(open_image(read_image(str(image))), 0)
+                encoded = read_image(str(image))
+                if self.decode is not None:
+                    return self.decode(encoded, 0)
+                return self.transform(open_image(encoded), 0)
             if isinstance(image, Image.Image) and 0 in image.size:
                 raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
-            return self.transform(image if isinstance(image, Image.Image) else _picture(image), 0)
+            picture = image if isinstance(image, Image.Image) else _picture(image)
+            # All views of a picture are alike.
+            return self.transform(picture, 0).expand(self._shape)
 
 
 @contextmanager
@@ -215,7 +237,7 @@ def naming(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UsageError(f"there is no image file {name}") from error
-    except (OSError, UndecodableImage) as error:
+    except (OSError, UndecodableImage, SampleError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UniclError(f"cannot read {name}: {reason}; convert it or leave it out") from error
     except ValueError as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,9 +26,9 @@ from unicl.data.image_sets import (
 from unicl.distributed import joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
-from unicl.evaluator import Options, check, load_for, setting_of
-from unicl.models import choose_device, lasting_name, load
-from unicl.predictor import Predictor, naming, read_image
+from unicl.evaluator import Options, check, setting_of
+from unicl.models import choose_device, lasting_name, load, load_for
+from unicl.predictor import ImageInput, Predictor, naming, read_image
 from unicl.search.change import chosen_kind
 from unicl.search.collection import Collection, require_empty
 from unicl.search.folder import DamagedIndexError
@@ -80,7 +79,9 @@ def embed(
             lambda: _open(data, split=options.split, root=options.root, download=options.download)
         )
         options = replace(options, split=images.split or options.split)  # which may be another
-        loaded = ranks.together(lambda: load_for(plugin, model, str(device), overrides))
+        loaded = ranks.together(
+            lambda: load_for(plugin, model, device=str(device), overrides=overrides)
+        )
         blocks = image_blocks(loaded, images, setting_of(options, ranks))
         if not ranks.first:
             for _ in blocks:  # the first rank writes; the others help it to embed
@@ -284,7 +285,7 @@ def search(
     Args:
         index: the index's folder.
         texts: what to look for, in words.
-        images: paths or URLs of images to look for.
+        images: paths or URLs of images to look for, or paths of a plug-in's medium, such as videos.
         k: images per query.
         model: the model that embedded; unset takes it from where it was then.
         device: auto, cpu, cuda or cuda:N.
@@ -297,6 +298,8 @@ def search(
     if not all(text.strip() for text in texts):
         raise UsageError("a text to look for is empty; give it words")
     opened = SearchIndex.open(index)
+    holders = (find_holder(str(image)) for image in images)
+    plugin = next((holder for holder in holders if holder is not None), None)
     read = [_read(str(image)) for image in images]
     chosen = str(choose_device(device))
     try:
@@ -308,6 +311,8 @@ def search(
             f"{error}; where the model of {index} has moved, name it: --model"
         ) from error
     opened.require_model(loaded.name, loaded.fingerprint)
+    if plugin is not None:
+        loaded = plugin.adapt(loaded, {})
     predictor = Predictor(loaded)
     queries = []
     if texts:
@@ -325,10 +330,12 @@ def search(
     )
 
 
-def _read(place: str) -> tuple[bytes, Image.Image]:
+def _read(place: str) -> tuple[bytes, ImageInput]:
     """Read an image once: its bytes to be shown, and what they hold to be embedded."""
     with naming(place):
         file = read_image(place)
+        if find_holder(place) is not None:
+            return file, place  # the model's own way of reading takes the file
         picture = open_image(file)
     picture.filename = place  # type: ignore[attr-defined]  # what an error will call it
     return file, picture

@@ -192,7 +192,12 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
     assert isinstance(towers, VideoTwoTower | VideoClassifier)
     tower: Any = "3d" if towers.view_dims == 4 else "frames"
     video = override_section(VideoConfig(tower=tower, **model.reading), overrides, prefix="video")
-    return replace(model, decode=eval_decoder(video, model.image_size), reading=_reading(video))
+    return replace(
+        model,
+        transform=StillClip(model.image_size, 1 if video.tower == "frames" else video.num_frames),
+        decode=eval_decoder(video, model.image_size),
+        reading=_reading(video),
+    )
 
 
 def _adapt_images(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
@@ -201,9 +206,13 @@ def _adapt_images(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained
     if video.tower == "3d":
         towers = _inflated(towers, video, model)
     crop = getattr(model.transform, "crop", 1.0)  # open_clip's see all of the shorter side
+    transform: Any = model.transform
+    if video.tower == "3d":
+        transform = StillClip(model.image_size, video.num_frames, crop=crop)
     return replace(
         model,
         model=VideoTwoTower.of(towers, view_dims=view_dims(video)).eval(),
+        transform=transform,
         decode=eval_decoder(video, model.image_size, crop=crop),
         reading=_reading(video),
     )

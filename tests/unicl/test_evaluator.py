@@ -157,7 +157,7 @@ def test_what_cannot_be_written_or_read_is_told_before_any_work(
     with monkeypatch.context() as patch:
         patch.setattr("unicl.evaluator._run", None)
         assert "cannot write file/x: Not a dir" in refused(capsys, *words, "--out", "file/x")
-        patch.setattr("unicl.evaluator.load", None)
+        patch.setattr("unicl.evaluator.load_for", None)
         words_of_probe = ("eval", "run", "linear-probe", "digits", "--probe", "none.safetensors")
         assert "cannot read the probe none.safetensors" in refused(capsys, *words_of_probe)
     assert main([*words, "--csv", "run"]) == 1

@@ -34,7 +34,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
     caplog.set_level("INFO", "unicl")
-    monkeypatch.setattr(searching, "load", lambda name, device: toy())
+    _load_by(monkeypatch, lambda name, device: toy())
+
+
+def _load_by(monkeypatch: pytest.MonkeyPatch, load: object) -> None:
+    monkeypatch.setattr(searching, "load", load)
+    monkeypatch.setattr("unicl.models.load", load)
 
 
 def embedded(data: str, out: str, **options: object) -> Collection:
@@ -110,7 +115,7 @@ def test_a_known_set_is_no_folder_of_that_name(tmp_path: Path) -> None:
 def test_what_cannot_be_done_is_told_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(searching, "load", None)
+    _load_by(monkeypatch, None)
     with pytest.raises(UsageError, match="batch_size must be positive, got 0"):
         embedded("digits", "embeddings", batch_size=0)
     given = Options(out=Path("embeddings"), num_workers=-1)
@@ -236,7 +241,7 @@ def test_an_index_does_without_the_model(
     def gone(name: str, device: str) -> None:
         raise UniclError("there is no toy")
 
-    monkeypatch.setattr(searching, "load", gone)
+    _load_by(monkeypatch, gone)
     assert build_index(Path("index"), [folder], kind="approximate").facts.text_recall is None
     (said,) = [r.getMessage() for r in caplog.records if "there is no toy" in r.getMessage()]
     assert said.startswith("recall is measured for images only")
@@ -250,7 +255,7 @@ def test_an_index_finds_its_model_from_any_folder(tmp_path: Path) -> None:
 
 def test_a_model_that_has_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     build_index(Path("index"), [collection("embeddings", ["a cat"], model="runs/gone")])
-    monkeypatch.setattr(searching, "load", load)
+    _load_by(monkeypatch, load)
     with pytest.raises(UsageError, match=r"no model runs/gone: .*; where the model of index has"):
         search("index", texts=["a cat"], device="cpu")
     with pytest.raises(UsageError, match=r"no model elsewhere: no such file or folder;"):

@@ -136,7 +136,7 @@ def _add_search(commands: Any) -> None:
     command.add_argument("index", metavar="INDEX", type=Path, help="a folder that index wrote")
     command.add_argument("queries", metavar="QUERY", nargs="*", help="texts to look for")
     command.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image to look for"
+        "--image", action="append", default=[], metavar="FILE", help="an image or video to look for"
     )
     command.add_argument("--k", type=_count, default=10, help="images per query (default 10)")
     command.add_argument(
