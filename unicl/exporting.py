@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from unicl.config import Recipe, recipe_to_toml
+from unicl.config import PRETRAINING, Recipe, recipe_to_toml
 from unicl.errors import UsageError
 from unicl.evaluation.results import read_results
 from unicl.evaluator import results_folder
@@ -56,6 +56,11 @@ def export(
         require_pushable(push)
     loaded = load(model)
     recipe = recipe_of(model, loaded)
+    if to != "safetensors" and recipe.task != PRETRAINING:
+        raise UsageError(
+            f"{model} is a run of {recipe.task}, which {to} cannot express; export it with "
+            "--format safetensors"
+        )
     if to == "safetensors" and (folder := _folder_of_open_clip(recipe)):
         raise UsageError(
             f"{model} is built from the folder {folder}, which a safetensors export would need "

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from unicl.build import build_backend, build_train_loader
-from unicl.config import EngineConfig, ImageTowerConfig, Recipe, TextTowerConfig
+from unicl.config import PRETRAINING, EngineConfig, ImageTowerConfig, Recipe, TextTowerConfig
 from unicl.data.loader import Batch
 from unicl.distributed import Ranks, joined
 from unicl.engine.backend import tower_of
@@ -99,8 +99,13 @@ def verify_gradients(
 
     Raises:
         UniclError: A mode is wrong; the table is printed before.
-        UsageError: There is no such engine, or no sample.
+        UsageError: There is no such engine, or no sample, or the recipe has a plug-in's task.
     """
+    if recipe.task != PRETRAINING:
+        raise UsageError(
+            "verify-gradients compares the gradients of image-text pretraining only, not those of "
+            f"a recipe of {recipe.task}"
+        )
     known = _engines(recipe.engine)
     if unknown := sorted(set(engines).difference(known)):
         raise UsageError(f"there is no engine {unknown[0]!r}; there are {', '.join(known)}")

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from unicl.cli import main
-from unicl.config import EngineConfig, load_recipe, parse_recipe, recipe_names
+from unicl.config import PRETRAINING, EngineConfig, load_recipe, parse_recipe, recipe_names
 from unicl.errors import UsageError
 from unicl.models import build_model
 from unicl.plan import plan
@@ -80,7 +80,9 @@ def test_florence_fits_its_gpus(florence):
     sorted(
         name
         for name in recipe_names()
-        if name not in ("demo", "florence_stage1") and not name.startswith("finetune")
+        if name not in ("demo", "florence_stage1")
+        and not name.startswith("finetune")
+        and load_recipe(name).task == PRETRAINING
     ),
 )
 def test_a_shipped_recipe_fits_as_it_is(name):
@@ -274,6 +276,14 @@ def test_zero_comes_before_what_costs_a_forward():
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UsageError, match=message):
         plan(nano(), **{"gpus": 2, "gpu_memory": 40.0, **arguments})
+
+
+@pytest.mark.parametrize("recipe", ["video_classes", "video_captions"])
+def test_a_recipe_of_a_plugin_is_refused(recipe, capsys):
+    assert main(["plan", recipe, "--gpus", "8", "--gpu-memory", "40"]) == 2
+    assert "plan reckons with image-text pretraining only" in capsys.readouterr().err
+    assert main(["verify-gradients", recipe, "--slim"]) == 2
+    assert "gradients of image-text pretraining only, not" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_plan(capsys):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unicl.config import EngineConfig, Recipe
+from unicl.config import PRETRAINING, EngineConfig, Recipe
 from unicl.engine.optimizer import kinds
 from unicl.errors import UsageError
 from unicl.plan.memory import Load, Phase, peak
@@ -102,8 +102,12 @@ def plan(
 
     Raises:
         UsageError: A number is not positive, there are fewer samples in a batch than GPUs, or the
-            recipe trains a model of open_clip.
+            recipe trains a model of open_clip or has a plug-in's task.
     """
+    if recipe.task != PRETRAINING:
+        raise UsageError(
+            f"plan reckons with image-text pretraining only, not with a recipe of {recipe.task}"
+        )
     if recipe.model is not None:
         raise UsageError(
             f"plan reckons with towers that a recipe describes, not with {recipe.model}; "
