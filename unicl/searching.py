@@ -409,7 +409,7 @@ def write_page(path: Path, searched: Searched) -> None:
         return sets[key].read(place["row"]).image
 
     index = searched.index
-    summary = f"{index.num_items:,} images, embedded by {index.model}; {index.facts.summary()}"
+    summary = f"{index.num_items:,} items, embedded by {index.model}; {index.facts.summary()}"
     write_gallery(path, searched.answers, read, summary=summary)
 
 

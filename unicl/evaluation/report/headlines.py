@@ -33,13 +33,11 @@ _WORDINGS = (
         "5_shot",
         "of images get their own class after five examples of each, on {set}",
     ),
-    _Wording(
-        "retrieval", "t2i_r5", "of the texts bring up an image of theirs among the first five"
-    ),
+    _Wording("retrieval", "t2i_r5", "of the texts bring up {one} of theirs among the first five"),
     _Wording(
         "retrieval_fine_tuned",
         "t2i_r5",
-        "of the texts bring up an image of theirs among the first five, after training on this set",
+        "of the texts bring up {one} of theirs among the first five, after training on this set",
     ),
 )
 
@@ -90,7 +88,7 @@ def _cards(runs: Sequence[Run]) -> Iterator[_Card]:
     if timed:
         (run, speed), *rest = timed
         aside = "; ".join(f"{other.name}: {theirs}" for other, theirs in rest)
-        yield _Card(run, speed, "samples (image and text) learned from per second", aside)
+        yield _Card(run, speed, "samples learned from per second", aside)
 
 
 def _asked(run: Run, wording: _Wording) -> list[Result]:
@@ -114,9 +112,11 @@ def _words(wording: _Wording, result: Result, *, alone: bool) -> str:
     words = wording.words.format(
         images=images if alone else f"{images} ({result.name})",
         set=result.name,
+        one="a video" if result.noun == "videos" else "an image",
         of_names=f", out of {names:,} names" if names else "",
     )
-    return words if alone or "{" in wording.words else f"{words} ({result.name})"
+    named = "{images}" in wording.words or "{set}" in wording.words
+    return words if alone or named else f"{words} ({result.name})"
 
 
 def _aside(result: Result, metric: str, others: Sequence[Run]) -> str:
