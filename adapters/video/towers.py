@@ -94,9 +94,10 @@ class VideoClassifier(TwoTower):
         nn.init.zeros_(self.head.bias)
 
     def logits(self, images: Images) -> Float[Tensor, "batch classes"]:
-        """Return the head's outputs of videos of one view each."""
+        """Return the head's outputs, the mean over a video's views: its frames, if it has any."""
         pooled = self.image(in_views(images, self.view_dims))
-        return self.head(self.dropout(pooled)).float()
+        logits = self.head(self.dropout(pooled)).float()
+        return logits.unflatten(0, (len(images), -1)).mean(1)
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Return the probabilities of the classes, the mean over a video's views."""

@@ -81,6 +81,16 @@ def test_probabilities_are_averaged_over_views() -> None:
     assert torch.allclose(found.sum(-1), torch.ones(2))
 
 
+def test_frames_are_classified_together() -> None:
+    torch.manual_seed(0)
+    tower = ImageTower("coswin_nano", embed_dim=16, image_size=32)
+    model = VideoClassifier(tower, num_classes=5, width=256, view_dims=3).eval()
+    frames = videos(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        single = torch.stack([model.logits(video[:, None]) for video in frames])
+        assert torch.allclose(model.logits(frames), single.mean(1), atol=1e-6)
+
+
 def test_all_that_a_classifier_learns_gets_a_gradient() -> None:
     model = VideoClassifier(clip_tower(), num_classes=5, width=256, dropout=0.1)
     model.logits(videos(2, 3, 4, 32, 32)).square().sum().backward()
