@@ -108,6 +108,11 @@ class VideoRecipe(Recipe):
                 f"video.tower 3d inflates a CoSwin only, not {self.model}; "
                 "set video.tower to frames"
             )
+        if self.model is not None and self.video.targets == "classes":
+            raise UsageError(
+                f"video.targets classes puts a head on image_tower, not on {self.model}; "
+                "set video.targets to texts"
+            )
 
 
 def _require(condition: bool, name: str, must: str, value: object) -> None:

@@ -1,0 +1,25 @@
+import pytest
+
+from unicl.config import parse_recipe
+from unicl.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": "open_clip:RN50"}, "tower 3d inflates a CoSwin only, not open_clip:RN50"),
+        (
+            {"model": "open_clip:RN50", "video.tower": "frames", "video.targets": "classes"},
+            "classes puts a head on image_tower, not on open_clip:RN50; set video.targets to texts",
+        ),
+        ({"image_tower.model": "resnet18"}, "3d inflates a CoSwin only, .* resnet18"),
+        ({"video.class_names": "a,b"}, "class_names needs targets classes"),
+        ({"video.dropout": "0.1"}, "dropout needs targets classes"),
+        ({"video.label_smoothing": "1"}, r"label_smoothing must lie in \[0, 1\), got 1"),
+        ({"video.merge_steps": "2"}, "merge_steps must be odd and positive, got 2"),
+        ({"video.randaugment_magnitude": "31"}, r"magnitude must lie in \[0, 30\], got 31"),
+    ],
+)
+def test_what_does_not_fit_together(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_recipe("", {"task": "video", **overrides})
