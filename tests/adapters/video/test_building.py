@@ -1,6 +1,7 @@
 """Runs on videos: what they train on and leave out, and that every mode computes the same."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,25 +130,21 @@ def check_engines(recipes, ranks):
     deepspeed = EngineConfig(backend="deepspeed", zero_stage=2)
     for recipe in recipes:
         loss, metrics, gradients = gradients_of(recipe, ALONE)
-        assert gradients.keys() == {"image", "text"} or len(gradients) > 20
-        for engine, chunks in ((recipe.engine, 1), (recipe.engine, 3), (deepspeed, 3)):
-            found = gradients_of(_with(recipe, engine), ranks, chunks=chunks)
+        for engine, chunks in ((recipe.engine, 3), (deepspeed, 1)):
+            found = gradients_of(replace(recipe, engine=engine), ranks, chunks=chunks)
             torch.testing.assert_close(found[0], loss, rtol=1e-5, atol=1e-5)
-            assert found[1] == metrics
+            assert found[1].keys() == metrics.keys()
+            for name, value in metrics.items():
+                torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
             for name, gradient in found[2].items():
                 torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-4)
-
-
-def _with(recipe, engine):
-    from dataclasses import replace
-
-    return replace(recipe, engine=engine)
 
 
 def check_on_ranks(recipes):
     check_engines(recipes, Ranks(dist.group.WORLD))
 
 
+@pytest.mark.slow
 def test_ranks_chunks_and_zero_compute_what_one_process_does(corpus):
     on_ranks(2, check_on_ranks, [complete(each(corpus)) for each in (clip_recipe, head_recipe)])
 
@@ -179,17 +176,16 @@ def test_defects_are_counted_and_told(corpus, tmp_path, in_shards):
             for name, encoded in bad.items():
                 writer.write(name, encoded, "mp4", "words")
     else:
-        shutil.copytree(corpus / "classes/train", data)
+        shutil.copytree(corpus / "classes/train", data / "train")
         for name, encoded in bad.items():
-            (data / f"growing/{name}.mp4").write_bytes(encoded)
+            (data / f"train/growing/{name}.mp4").write_bytes(encoded)
     given = {"data__train": str(data), "trainer__batch_size": "15"}
     lenient = clip_recipe(corpus, data__max_skipped_share="0.5", **given)
     batch = next(build(lenient, ALONE, start=True).loader.batches())
     assert len(batch) == 12
-    assert sum(batch.skipped.values()) == 3
-    assert {"no video stream": 1, "undecodable video": 1}.items() <= batch.skipped.items()
+    assert batch.skipped == {"no video stream": 1, "undecodable video": 1, "no image": 1}
     train(lenient, tmp_path / "run")
-    assert steps_of(tmp_path / "run")[-1]["train/skipped"] == 3
+    assert [row["train/skipped"] for row in steps_of(tmp_path / "run")] == [3, 6]
     strict = clip_recipe(corpus, trainer__steps="10", trainer__save_every="10", **given)
     with pytest.raises(UniclError, match=r"samples were skipped \(.*no video stream: \d+") as told:
         train(strict, tmp_path / "strict")
