@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unicl.data import loader as loader_module
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.hash_table import TextHashTable, text_label
 from unicl.data.loader import Loader
@@ -436,3 +437,19 @@ def test_leaving_amid_the_stream_is_quick_and_silent(shards):
 def test_senseless_settings_are_usage_errors(shards, changes):
     with pytest.raises(UsageError):
         make_loader(shards, **changes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_of_fewer_bytes_give_the_same_batches(shards, monkeypatch, workers):
+    """A clip has as many bytes as dozens of images; pieces of 64 would be too much at once."""
+    expected = take(make_loader(shards).batches(), 4)
+    monkeypatch.setattr(loader_module, "_PIECE_BYTES", 5 * 3 * 12 * 12)
+    loader = make_loader(shards, num_workers=workers)
+    assert loader._piece == 5
+    for one, other in zip(expected, take(loader.batches(), 4), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.labels, other.labels)
+        assert (one.keys, one.consumed) == (other.keys, other.consumed)
+    monkeypatch.setattr(loader_module, "_PIECE_BYTES", 1)
+    assert make_loader(shards)._piece == 1

@@ -8,7 +8,9 @@ from PIL import Image
 
 from tests.unicl.data.test_loader import folder_of, good, make_loader, picture, tokenize
 from unicl.data import reader as reader_module
+from unicl.data.augment import EvalTransform
 from unicl.data.prompts import PromptSampler
+from unicl.data.reader import ImageDecoder, samples_at_once
 
 
 def test_a_reader_can_be_sent_to_a_fresh_process(tmp_path):
@@ -56,3 +58,36 @@ def test_each_text_is_tokenized_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module, "_CACHED_TEXTS", 2)
     np.testing.assert_array_equal(reader[0, 12].tokens, pieces[0].tokens)
     assert len(seen) == 6
+
+
+class Clips:
+    """Decodes into clips or views of a shape."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def __call__(self, encoded, seed):
+        return torch.zeros(self.shape, dtype=torch.uint8)
+
+    def empty(self):
+        return torch.empty(0, *self.shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((3, 8, 8), 256),
+        ((3, 8, 32, 32), 32),
+        ((12, 3, 32, 32), 21),
+        ((4, 3, 16, 32, 32), 4),
+        ((12, 3, 32, 8, 8), 1),
+    ],
+)
+def test_a_batch_counts_frames(shape, expected):
+    assert samples_at_once(Clips(*shape), 256) == expected
+
+
+def test_a_batch_of_images_has_as_many():
+    decode = ImageDecoder(EvalTransform(8), 10_000)
+    assert decode.empty().shape == (0, 3, 8, 8)
+    assert samples_at_once(decode, 5) == 5

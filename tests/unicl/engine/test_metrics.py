@@ -46,3 +46,19 @@ def test_the_line_has_what_is_known(caplog, mfu):
     (line,) = caplog.messages
     expected = "100 samples/s  MFU 43.2%  0:01:01 left" if mfu else "100 samples/s  0:01:01 left"
     assert line.endswith(expected)
+
+
+def test_the_line_has_what_the_task_gives(caplog):
+    caplog.set_level("INFO", "unicl")
+    names = ("loss", "learning_rate", "grad_norm", "samples_per_second")
+    row = {f"train/{name}": 100.0 for name in names}
+    log_line(3, 10, {**row, "train/top1": 0.4321}, 61.0)
+    log_line(3, 10, {**row, "train/scale": 14.28}, 61.0)
+    log_line(3, 10, row, 61.0)
+    head, texts, neither = caplog.messages
+    assert "top1  43.2%" in head
+    assert "scale" not in head
+    assert "scale  14.28" in texts
+    assert "top1" not in texts
+    assert "top1" not in neither
+    assert "scale" not in neither

@@ -18,7 +18,14 @@ from unicl.errors import UsageError
 from unicl.evaluation import protocols
 from unicl.evaluation.cache import Setting, classifier, image_embeddings
 from unicl.evaluation.linear_probe import LinearProbe, Search, search
-from unicl.evaluation.protocols import ask_probe, few_shot, linear_probe, retrieval, zero_shot
+from unicl.evaluation.protocols import (
+    ask_probe,
+    few_shot,
+    linear_probe,
+    recognition,
+    retrieval,
+    zero_shot,
+)
 from unicl.evaluation.results import read_results, save_result, to_csv
 from unicl.towers.pretrained import Pretrained
 
@@ -285,3 +292,44 @@ def test_results_come_back_from_disk(
     header, *lines = to_csv(found).splitlines()
     assert header.startswith("dataset,model,pretrained,task,language,model_fullname,acc1,acc5,")
     assert len(lines) == 2
+
+
+class Head(ToyModel):
+    """Gives the probabilities of ten classes, drawn once for each sum of pixels."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        logits = super().encode_image(images)[:, :10]
+        return (3 * logits).softmax(-1)
+
+
+def with_head(names: tuple[str, ...]) -> Pretrained:
+    return replace(toy(Head()), classes=names, identity="head")
+
+
+def test_recognition_is_scikit_learns(setting: Setting) -> None:
+    """The head has the set's classes in an order of its own."""
+    images = digits()
+    names = (*images.class_names[5:], *images.class_names[:5])
+    model = with_head(names)
+    result, answers = recognition(model, images, setting)
+    scores = image_embeddings(model, images, setting).embeddings.numpy()
+    truth = [names.index(images.class_names[number]) for number in images.targets]
+    for k in (1, 5):
+        expected = top_k_accuracy_score(truth, scores, k=k, labels=range(10))
+        assert result.metrics[f"top{k}"] == pytest.approx(expected)
+    assert result.protocol["num_classes"] == 10
+    assert answers.class_names == names
+    assert answers.confusion.trace() == round(result.metrics["top1"] * len(truth))
+
+
+def test_recognition_needs_a_head_that_knows_the_classes(
+    model: Pretrained, setting: Setting
+) -> None:
+    images = digits()
+    with pytest.raises(UsageError, match="toy has no classification head"):
+        recognition(model, images, setting)
+    with pytest.raises(UsageError, match=r"does not know 1 of the 10 classes of digits .*nine"):
+        recognition(with_head((*images.class_names[:9], "ten")), images, setting)
+    several = replace(images, targets=np.zeros((images.num_samples, 10), bool))
+    with pytest.raises(UsageError, match=r"names one class per sample; .* has several"):
+        recognition(with_head(images.class_names), several, setting)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unicl.data.augment import UndecodableImage
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, SavedExample
 from unicl.evaluation.page import figure, flatten, percent, picture, thumbnail
@@ -263,6 +264,23 @@ def small(image: Image.Image, kind: str, **options: object) -> Image.Image:
     target = io.BytesIO()
     image.save(target, kind, **options)
     return Image.open(io.BytesIO(thumbnail(target.getvalue(), side=160)))
+
+
+def test_a_plugin_shows_its_own_medium(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = io.BytesIO()
+    Image.new("RGB", (40, 20), (200, 10, 10)).save(target, "PNG")
+
+    class Shown:
+        def picture(self, encoded: bytes) -> bytes | None:
+            return target.getvalue() if encoded == b"a clip" else None
+
+    monkeypatch.setattr("unicl.evaluation.page.plugin_names", lambda: ("none", "own"))
+    monkeypatch.setattr("unicl.evaluation.page.find_plugin", lambda name: Shown())
+    with Image.open(io.BytesIO(thumbnail(b"a clip", side=20))) as shown:
+        assert shown.size == (20, 10)
+    assert thumbnail(target.getvalue(), side=20) == thumbnail(b"a clip", side=20)
+    with pytest.raises(UndecodableImage):
+        thumbnail(b"another", side=20)
 
 
 def test_thumbnails_are_what_the_model_sees() -> None:
