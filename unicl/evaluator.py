@@ -130,6 +130,8 @@ def evaluate(
     if isinstance(data, str):  # to Python a list of letters
         raise UsageError(f"data must be a list, got one str: put {data!r} in brackets")
     plugin, protocol = split_evaluation(task)
+    if protocol == "fine-tune":
+        raise UsageError(f"{task} trains first: call unicl.fine_tuning.fine_tune")
     if protocol not in (TASKS if plugin is None else plugin.evaluations):
         known = ", ".join((*TASKS, *evaluation_names()))
         raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")

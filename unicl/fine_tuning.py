@@ -65,7 +65,9 @@ def fine_tune(
     warn_of_classes(test, by_name=True)
     training = _open(data, "train", options, plugin)
     overrides = {"trainer.device": options.device, **(overrides or {})}
-    shards = out / "data" if plugin is None else Path(data).resolve()
+    shards = out / "data"
+    if plugin is not None:  # trained on as it lies
+        shards = (Path(data) if Path(data).exists() else options.root / data).resolve()
     recipe = fine_tuning_recipe(model, training, shards, overrides, plugin)
     if plugin is None:
         _prepare_first(training, out)
@@ -115,12 +117,17 @@ def fine_tuning_recipe(
     base, towers = load_recipe(name), recipe_of(model)
     if plugin is not None:
         base = plugin.follow(base, towers)
+    drop_path_rate = towers.image_tower.drop_path_rate
+    if towers.model is None:  # open_clip's have a rate of their own
+        drop_path_rate = base.image_tower.drop_path_rate or drop_path_rate
     whole = replace(
         base,
         embed_dim=towers.embed_dim,
         model=towers.model,
         weights=None if model.startswith(OPEN_CLIP) else model,
-        image_tower=replace(towers.image_tower, weights=None, locked=False),
+        image_tower=replace(
+            towers.image_tower, weights=None, locked=False, drop_path_rate=drop_path_rate
+        ),
         text_tower=replace(towers.text_tower, locked=False),
         data=replace(base.data, train=str(data)),
         trainer=replace(

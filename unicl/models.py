@@ -251,11 +251,22 @@ def load_for(
     overrides: Mapping[str, str] | None = None,
 ) -> Pretrained:
     """Load a model as `load` does, and let it see a plug-in's medium if one is given."""
-    loaded = load(name, device=device)
+    return let_see(plugin, load(name, device=device), overrides or {})
+
+
+def let_see(plugin: Plugin | None, model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    """Let a model see a plug-in's medium in its own way, but for the overrides.
+
+    Raises:
+        UsageError: the model sees another medium, or an override has no effect.
+    """
     if plugin is None:
-        return loaded
-    adapted: Pretrained = plugin.adapt(loaded, overrides or {})
-    return adapted
+        return model
+    if model.medium not in ("", plugin.name):
+        raise UsageError(f"{model.name} was trained on {model.medium}, not on {plugin.name}")
+    adapted: Pretrained = plugin.adapt(model, overrides)
+    mark = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
+    return replace(adapted, medium=plugin.name, mark=mark)
 
 
 def full_name(name: str | Path) -> str:

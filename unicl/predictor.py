@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -66,6 +66,7 @@ class Predictor:
         self.tokenize = model.tokenize
         self.transform = model.transform
         self.decode = model.decode
+        self.classes = model.classes
         self.batch_size = batch_size
         self._shape = decoder_of(model).empty().shape[1:]
         self._at_once = samples_at_once(decoder_of(model), batch_size)
@@ -147,7 +148,7 @@ class Predictor:
     def classify(
         self,
         images: Images,
-        names: Sequence[str],
+        names: Sequence[str] | None = None,
         *,
         templates: str | Sequence[str] = "simple",
         top_k: int = 5,
@@ -156,7 +157,8 @@ class Predictor:
 
         Args:
             images: paths, URLs, PIL images or arrays.
-            names: what an image can be, each once.
+            names: what an image can be, each once; a model with a classification head knows its
+                own names, and takes none.
             templates: name of a set of prompt templates, or templates with one `{}` each.
             top_k: names to return for each image; all of them where there are fewer.
 
@@ -167,9 +169,18 @@ class Predictor:
             UsageError: something that was asked for is wrong: a missing file, a name given twice.
             UniclError: a file cannot be decoded.
         """
+        _require_count(top_k, "top_k")
+        if self.classes:
+            if names is not None:
+                raise UsageError(
+                    f"{self.name} has a head with {len(self.classes)} names of its own; give none"
+                )
+            shares, best = self._encode(images, self.model.encode_image).sort(descending=True)
+            return _guesses(self.classes, best=best[:, :top_k], shares=shares[:, :top_k])
+        if names is None:
+            raise UsageError("names: give a list of what an image can be")
         names = _listed(names, "names", (str,), "a text")
         require_unique(names)
-        _require_count(top_k, "top_k")
         classifier = self._classifier(tuple(names), tuple(_templates(templates)))
         embeddings = self._image_embeddings(images)
         best, probabilities, _ = rank_classes(
@@ -179,10 +190,7 @@ class Predictor:
             scale=self.model.scale().item(),
             num_guesses=top_k,
         )
-        return [
-            [(names[number], share) for number, share in zip(*guesses, strict=True)]
-            for guesses in zip(best.tolist(), probabilities.tolist(), strict=True)
-        ]
+        return _guesses(names, best=best, shares=probabilities)
 
     def _build_classifier(
         self, names: tuple[str, ...], templates: tuple[str, ...]
@@ -197,6 +205,11 @@ class Predictor:
         )
 
     def _image_embeddings(self, images: Images) -> Float[Tensor, "num_images dim"]:
+        if self.classes:
+            raise UsageError(
+                f"{self.name} has a classification head, so it gives probabilities and no "
+                "embeddings; ask `classify`, or `image_features`"
+            )
         return self._encode(images, self.model.encode_image)
 
     def _encode(self, images: Images, encode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -273,6 +286,18 @@ def _picture(array: NDArray[np.uint8]) -> Image.Image:
             f"got {array.dtype} of shape {list(array.shape)}"
         )
     return Image.fromarray(array)
+
+
+def _guesses(
+    names: Sequence[str],
+    *,
+    best: Int[Tensor, "num_images num_guesses"],
+    shares: Float[Tensor, "num_images num_guesses"],
+) -> list[list[tuple[str, float]]]:
+    return [
+        [(names[number], share) for number, share in zip(*guesses, strict=True)]
+        for guesses in zip(best.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 def _require_count(value: object, what: str) -> None:

@@ -27,7 +27,7 @@ from unicl.distributed import joined
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import image_blocks
 from unicl.evaluator import Options, check, setting_of
-from unicl.models import choose_device, lasting_name, load, load_for
+from unicl.models import choose_device, lasting_name, let_see, load
 from unicl.predictor import ImageInput, Predictor, naming, read_image
 from unicl.search.change import chosen_kind
 from unicl.search.collection import Collection, require_empty
@@ -35,6 +35,7 @@ from unicl.search.folder import DamagedIndexError
 from unicl.search.gallery import Answer, write_gallery
 from unicl.search.index import Found, SearchIndex, require_setting
 from unicl.search.items import Block, Item
+from unicl.towers.pretrained import Pretrained
 
 logger = logging.getLogger("unicl")
 
@@ -79,9 +80,9 @@ def embed(
             lambda: _open(data, split=options.split, root=options.root, download=options.download)
         )
         options = replace(options, split=images.split or options.split)  # which may be another
-        loaded = ranks.together(
-            lambda: load_for(plugin, model, device=str(device), overrides=overrides)
-        )
+        plain = ranks.together(lambda: load(model, device=str(device)))
+        loaded = ranks.together(lambda: let_see(plugin, plain, overrides or {}))
+        ranks.together(lambda: _require_searchable(plain, loaded))
         blocks = image_blocks(loaded, images, setting_of(options, ranks))
         if not ranks.first:
             for _ in blocks:  # the first rank writes; the others help it to embed
@@ -99,6 +100,24 @@ def embed(
             "".join(f", {count} left out: {reason}" for reason, count in images.skipped.items()),
         )
         return written
+
+
+def _require_searchable(plain: Pretrained, seeing: Pretrained) -> None:
+    """Refuse what no search could compare a query with.
+
+    Raises:
+        UsageError: the model has a head in place of embeddings, or is another one by its overrides.
+    """
+    if plain.classes:
+        raise UsageError(
+            f"{plain.name} has a classification head, so it gives probabilities and no embeddings; "
+            "embed with a model of two towers"
+        )
+    if plain.fingerprint != seeing.fingerprint:
+        raise UsageError(
+            f"{seeing.mark} makes another model of {plain.name}, which a search could not load "
+            "again; train that one, and embed with its run"
+        )
 
 
 def _open(data: str, *, split: str, root: Path, download: bool = False) -> ImageSet:

@@ -104,6 +104,7 @@ def load(path: Path, recipe: DepthRecipe) -> Pretrained:
         image_size=size,
         context_length=recipe.text_tower.context_length,
         identity=identity_of(recipe, in_chans=CHANNELS),
+        medium="depth",
         reading=asdict(recipe.depth),
     )
 
@@ -114,7 +115,7 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
     Raises:
         UsageError: a key is unknown, or has no effect on a model of RGB.
     """
-    if not model.reading:
+    if not model.medium:
         if overrides:
             raise UsageError(f"{min(overrides)} has no effect: {model.name} sees no depth")
         return model

@@ -10,6 +10,16 @@ from typing import Literal
 from unicl.config import Recipe
 from unicl.errors import UsageError
 
+READING = ("num_frames", "sampling", "frame_stride", "num_clips", "num_crops")
+"""How a model reads videos; at evaluation it may be another way than in training."""
+TOWER = (
+    *("tower", "tube_frames", "tube_stride", "merge_steps"),
+    *("time_windows", "space_windows"),
+)
+"""What decides the weights of the tower, and what they compute."""
+OF_MODEL = (*READING, *TOWER)
+"""What a run takes over from the model that it starts from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:

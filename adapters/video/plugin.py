@@ -6,8 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from adapters.video.config import VideoRecipe
+from adapters.video.config import OF_MODEL, VideoRecipe
 from unicl.config import Recipe
+
+# Of fine-tuning a whole model by class prompts (Florence 3.3).
+_RATE_OF_CLIP = 2e-5
 
 
 class VideoPlugin:
@@ -72,14 +75,20 @@ class VideoPlugin:
 
     def follow(self, recipe: VideoRecipe, towers: Recipe) -> VideoRecipe:
         """Take the clips and the tower of a run on videos; inflate a CoSwin, average others."""
+        video = recipe.video
         if isinstance(towers, VideoRecipe):
-            own = recipe.video
-            targets = {"targets": own.targets, "label_smoothing": own.label_smoothing}
-            video = replace(towers.video, **targets, class_names=(), dropout=own.dropout)  # type: ignore[arg-type]
-            return replace(recipe, video=video)
-        if towers.model is not None:  # of open_clip; its towers take no head
+            kept: Any = {name: getattr(towers.video, name) for name in OF_MODEL}
+            video = replace(video, **kept)
+        if towers.model is not None:  # of open_clip; its towers take no head and have no layers
             of_frames: Any = {"tower": "frames", "targets": "texts", "dropout": 0.0}
-            return replace(recipe, video=replace(recipe.video, **of_frames))
+            rates = replace(
+                recipe.optimizer,
+                layer_decay=1.0,
+                learning_rate=min(recipe.optimizer.learning_rate, _RATE_OF_CLIP),
+            )
+            return replace(recipe, optimizer=rates, video=replace(video, **of_frames))
+        if isinstance(towers, VideoRecipe):
+            return replace(recipe, video=video)
         is_coswin = towers.image_tower.model.startswith("coswin")
         tower: Any = "3d" if is_coswin else "frames"
         return replace(recipe, video=replace(recipe.video, tower=tower))

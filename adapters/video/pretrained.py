@@ -1,17 +1,17 @@
 """Models of videos: built from a recipe, loaded from a run, or made of a model of images."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from adapters.video.clips import ClipSampling, EvalClipDecoder
-from adapters.video.config import VideoConfig, VideoRecipe
+from adapters.video.config import READING, TOWER, VideoConfig, VideoRecipe
 from adapters.video.coswin3d import coswin3d, load_image_weights
 from adapters.video.towers import VideoClassifier, VideoTwoTower
 from cosswin import CoSwin
@@ -35,14 +35,8 @@ from unicl.towers.image import ImageTower, backbone_weights, carry_backbone
 from unicl.towers.pretrained import Pretrained
 from unicl.towers.two_tower import TwoTower
 
-# What may differ from the training at evaluation.
-_READING = ("num_frames", "sampling", "frame_stride", "num_clips", "num_crops")
 # CLIP4Clip's: 12 frames spread over the video (Luo et al. 2021).
 _OF_IMAGES = VideoConfig(tower="frames", num_frames=12, sampling="uniform", frame_stride=1)
-_ARCHITECTURE = (
-    *("tower", "targets", "class_names"),
-    *("tube_frames", "tube_stride", "merge_steps", "time_windows", "space_windows"),
-)
 
 
 def build_model(recipe: VideoRecipe, *, start: bool) -> VideoTwoTower | VideoClassifier:
@@ -150,18 +144,20 @@ def load(path: Path, recipe: VideoRecipe) -> Pretrained:
     tokenize: Any = build_tokenizer(recipe)
     if video.targets == "classes":
         tokenize = functools.partial(_no_texts, str(path))
-    architecture = {name: value for name, value in asdict(video).items() if name in _ARCHITECTURE}
     return Pretrained(
         name=str(path),
         model=model,
         tokenize=tokenize,
-        transform=StillClip(size, 1 if video.tower == "frames" else video.num_frames),
+        transform=_still(video, size),
         decode=eval_decoder(video, size),
         image_size=size,
         context_length=recipe.text_tower.context_length,
-        identity=identity_of(recipe, model=recipe.model, video=architecture),
+        identity=identity_of(
+            recipe, model=recipe.model, classes=video.class_names, **_kept(video, TOWER)
+        ),
         classes=video.class_names,
-        reading=_reading(video),
+        medium="video",
+        reading=_kept(video, READING),
     )
 
 
@@ -180,42 +176,48 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
     Raises:
         UsageError: a key has no effect at evaluation, or is none.
     """
-    if not model.reading:
+    if not model.medium:
         return _adapt_images(model, overrides)
-    of_training = {f"video.{name}" for name in asdict(_OF_IMAGES) if name not in _READING}
-    if fixed := sorted(of_training.intersection(overrides)):
-        raise UsageError(
-            f"{fixed[0]} belongs to training; at evaluation there are "
-            f"{', '.join(f'video.{name}' for name in _READING)}"
-        )
+    _refuse(overrides, READING)
     towers = model.model
     assert isinstance(towers, VideoTwoTower | VideoClassifier)
     tower: Any = "3d" if towers.view_dims == 4 else "frames"
     video = override_section(VideoConfig(tower=tower, **model.reading), overrides, prefix="video")
     return replace(
         model,
-        transform=StillClip(model.image_size, 1 if video.tower == "frames" else video.num_frames),
+        transform=_still(video, model.image_size),
         decode=eval_decoder(video, model.image_size),
-        reading=_reading(video),
+        reading=_kept(video, READING),
     )
 
 
 def _adapt_images(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
     video = override_section(_OF_IMAGES, overrides, prefix="video")
-    towers = model.model
-    if video.tower == "3d":
-        towers = _inflated(towers, video, model)
     crop = getattr(model.transform, "crop", 1.0)  # open_clip's see all of the shorter side
-    transform: Any = model.transform
+    towers, transform, identity = model.model, model.transform, model.identity
     if video.tower == "3d":
-        transform = StillClip(model.image_size, video.num_frames, crop=crop)
+        _refuse(overrides, (*READING, *TOWER))
+        towers = _inflated(towers, video, model)
+        transform = _still(video, model.image_size, crop=crop)
+        identity = f"{identity} {json.dumps(_kept(video, TOWER))}"
+    else:
+        _refuse(overrides, ("tower", *READING))
     return replace(
         model,
         model=VideoTwoTower.of(towers, view_dims=view_dims(video)).eval(),
         transform=transform,
         decode=eval_decoder(video, model.image_size, crop=crop),
-        reading=_reading(video),
+        identity=identity,
+        reading=_kept(video, READING),
     )
+
+
+def _refuse(overrides: Mapping[str, str], allowed: Sequence[str]) -> None:
+    """Refuse keys that would have no effect."""
+    keys = [f"video.{name}" for name in allowed]
+    others = {f"video.{name}" for name in asdict(_OF_IMAGES)}.difference(keys)
+    if given := sorted(others.intersection(overrides)):
+        raise UsageError(f"{given[0]} has no effect here; there are {', '.join(keys)}")
 
 
 def _inflated(model: TwoTower, video: VideoConfig, of: Pretrained) -> TwoTower:
@@ -229,7 +231,10 @@ def _inflated(model: TwoTower, video: VideoConfig, of: Pretrained) -> TwoTower:
     stages: Any = backbone.layers
     windows = tuple(stage.blocks[0].attn.window_size[0] for stage in stages)
     inflated = coswin3d(
-        image.model, img_size=of.image_size, **_tower_settings(video, space_windows=windows)
+        image.model,
+        img_size=of.image_size,
+        layer_scale=None if stages[0].blocks[0].gamma is None else 1.0,
+        **_tower_settings(video, space_windows=windows),
     )
     load_image_weights(inflated, backbone.state_dict(), source=of.name)
     tower = ImageTower(image.model, embed_dim=image.projection.out_features, backbone=inflated)
@@ -251,8 +256,14 @@ def _tower_settings(
     }
 
 
-def _reading(video: VideoConfig) -> dict[str, Any]:
-    return {name: getattr(video, name) for name in _READING}
+def _kept(video: VideoConfig, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(video, name) for name in names}
+
+
+def _still(video: VideoConfig, size: int, *, crop: float | None = None) -> Callable[..., Tensor]:
+    """Build what makes an opened image a view: itself, or a clip in which nothing moves."""
+    transform = EvalTransform(size, crop=crop)
+    return transform if video.tower == "frames" else StillClip(transform, video.num_frames)
 
 
 def _no_texts(name: str, texts: Sequence[str]) -> Tensor:
@@ -267,21 +278,14 @@ class StillClip:
     """An image as a clip in which nothing moves.
 
     Args:
-        size: Side in pixels.
-        num_frames: Frames of the clip; 1 gives the image itself as a view.
+        transform: Makes bytes [3, size, size] of an opened image.
+        num_frames: Frames of the clip.
     """
 
-    size: int
+    transform: EvalTransform
     num_frames: int
-    crop: float | None = None
 
     def __call__(self, image: Image.Image, seed: int = 0) -> Tensor:
         """Return a clip [3, num_frames, size, size] of an opened image."""
-        still = EvalTransform(self.size, crop=self.crop)(image)
-        if self.num_frames == 1:
-            return still
-        return (
-            still[:, None]
-            .expand(-1, self.num_frames, -1, -1)
-            .clone(memory_format=torch.contiguous_format)
-        )
+        still = self.transform(image)
+        return still[:, None].expand(-1, self.num_frames, -1, -1).contiguous()

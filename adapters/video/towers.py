@@ -42,6 +42,7 @@ class VideoTwoTower(TwoTower):
         """Let the towers of a model see videos; both share all weights."""
         video = cls(model.image, model.text, view_dims=view_dims, max_scale=model.max_scale)
         video.logit_scale = model.logit_scale
+        video._locked = list(model._locked)
         return video.train(model.training)  # type: ignore[return-value]
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch dim"]:

@@ -388,6 +388,7 @@ def _result(
             "image_size": model.image_size,
             "precision": "fp32" if setting.autocast is None else str(setting.autocast)[6:],
             **model.reading,
+            **({"mark": model.mark} if model.mark else {}),
             **protocol,
         },
         seconds=time.perf_counter() - start,

@@ -75,10 +75,11 @@ class Result:
 
     @property
     def marks(self) -> list[str]:
-        """Part of the set, if it is not the usual, and the saved probe that was tested, if any."""
-        split, probe = self.protocol.get("split"), self.protocol.get("probe")
+        """What tells it from the usual: part of the set, another way of reading, a saved probe."""
+        split = self.protocol.get("split")
         is_usual = not split or split == reported_part(self.dataset)
-        return [*([] if is_usual else [split]), *([probe] if probe else [])]
+        marks = [None if is_usual else split, self.protocol.get("mark"), self.protocol.get("probe")]
+        return [mark for mark in marks if mark]
 
     @property
     def left_out(self) -> str:

@@ -39,6 +39,10 @@ class Pretrained:
     architecture, activation, transform."""
     classes: tuple[str, ...] = ()
     """Names of the outputs, where these are a head's probabilities of classes."""
+    medium: str = ""
+    """The plug-in whose medium it sees; empty of a model of images."""
+    mark: str = ""
+    """What of its own way of reading was changed for an evaluation, as results are told apart."""
     reading: Mapping[str, Any] = field(default_factory=dict)
     """How the model reads its samples, such as the frames of a clip; told with each result. The
     space of the embeddings does not depend on it."""
