@@ -110,18 +110,13 @@ class VideoRecipe(Recipe):
             )
         if self.model is not None and self.video.targets == "classes":
             raise UsageError(
-                f"video.targets classes puts a head on a tower that is built here, not on "
+                "video.targets classes puts a head on a tower that is built here, not on "
                 f"{self.model}; set video.targets to texts"
             )
         if self.model is not None and self.video.tower == "3d":
             raise UsageError(
                 f"video.tower 3d inflates a CoSwin only, not {self.model}; "
                 "set video.tower to frames"
-            )
-        if self.model is not None and self.video.targets == "classes":
-            raise UsageError(
-                f"video.targets classes puts a head on image_tower, not on {self.model}; "
-                "set video.targets to texts"
             )
 
 

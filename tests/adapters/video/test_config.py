@@ -10,7 +10,7 @@ from unicl.errors import UsageError
         ({"model": "open_clip:RN50"}, "tower 3d inflates a CoSwin only, not open_clip:RN50"),
         (
             {"model": "open_clip:RN50", "video.tower": "frames", "video.targets": "classes"},
-            "classes puts a head on image_tower, not on open_clip:RN50; set video.targets to texts",
+            "puts a head on a tower that is built here, not on open_clip:RN50; .* to texts",
         ),
         ({"image_tower.model": "resnet18"}, "3d inflates a CoSwin only, .* resnet18"),
         ({"video.class_names": "a,b"}, "class_names needs targets classes"),
