@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("source")
-    for name in ("cosswin", "unicl"):
+    for name in ("cosswin", "unicl", "adapters"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -38,6 +38,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_code_recipes_and_types(wheel):
     names = wheel.namelist()
     for expected in (
+        "adapters/depth/recipes/depth_classes.toml",
+        "adapters/video/recipes/video_classes.toml",
+        "adapters/py.typed",
         "unicl/config/recipes/demo.toml",
         "unicl/data/assets/clip_classes.json",
         "unicl/py.typed",
@@ -47,6 +50,14 @@ def test_the_wheel_holds_code_recipes_and_types(wheel):
     ):
         assert expected in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+
+
+def test_the_wheel_names_its_plugins(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    said = wheel.read(name).decode()
+    assert "[unicl.tasks]" in said
+    assert "video = adapters.video.plugin:plugin" in said
+    assert "depth = adapters.depth.plugin:plugin" in said
 
 
 def test_the_metadata_is_read(wheel):
