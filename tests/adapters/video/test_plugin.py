@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.adapters.video.layouts import msr_vtt
-from tests.adapters.video.runs import write_runs
 from unicl.cli import main
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.page import thumbnail
@@ -17,11 +16,6 @@ from unicl.evaluation.results import read_results
 from unicl.predictor import Predictor
 
 QUIET = ("--device", "cpu", "--workers", "0", "--cache", "none")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -142,13 +136,14 @@ def test_a_report_shows_pictures_of_videos(tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/jpeg;base64") >= 6
 
 
-def test_videos_and_pictures_are_embedded_alike():
+def test_videos_and_pictures_are_embedded_alike(tmp_path):
     clips = [str(path) for path in sorted(Path("classes/test").glob("*/*.mp4"))[:2]]
     picture = thumbnail(Path(clips[0]).read_bytes(), side=64)
-    Path("photo.jpg").write_bytes(picture)
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(picture)
     for name, medium in (("image", "video"), ("texts", None), ("frames", "video")):
         predictor = Predictor.load(name, medium=medium, device="cpu", batch_size=5)
-        found = predictor.embed_images([*clips, "photo.jpg", Image.open("photo.jpg")])
+        found = predictor.embed_images([*clips, photo, Image.open(photo)])
         assert found.shape == (4, 16)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
         np.testing.assert_allclose(found[2], found[3], atol=1e-5)
@@ -157,9 +152,9 @@ def test_videos_and_pictures_are_embedded_alike():
         (guesses, _) = predictor.classify(clips, ["growing", "shrinking"])
         assert sum(share for _, share in guesses) == pytest.approx(1)
         assert predictor.image_features(clips).shape[0] == 2
-    alone = Predictor.load("image", device="cpu").embed_images(["photo.jpg"])
+    alone = Predictor.load("image", device="cpu").embed_images([photo])
     np.testing.assert_allclose(
-        Predictor.load("image", medium="video", device="cpu").embed_images(["photo.jpg"]),
+        Predictor.load("image", medium="video", device="cpu").embed_images([photo]),
         alone,
         atol=1e-5,
     )

@@ -9,17 +9,12 @@ from torch.nn.functional import normalize
 
 from adapters.video.pretrained import StillClip, adapt, build_model
 from adapters.video.towers import VideoClassifier, VideoTwoTower
-from tests.adapters.video.runs import clip_recipe, head_recipe, write_runs
+from tests.adapters.video.runs import clip_recipe, head_recipe
 from unicl.config import find_plugin, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import open_image_set
 from unicl.errors import UsageError
 from unicl.evaluation.cache import Setting, _key, decoder_of, image_embeddings
 from unicl.models import load, load_for, load_model
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 def frames(count, *, seed=0):
