@@ -5,6 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from adapters.video.pretrained import StillClip, adapt, build_model
@@ -173,7 +174,7 @@ def test_a_model_of_open_clip_is_adapted(tmp_path):
     torch.testing.assert_close(found, normalize(single.view(2, 2, -1).mean(1), dim=-1))
 
 
-@pytest.mark.parametrize("name", ["image", "texts", "frames", "head"])
+@pytest.mark.parametrize("name", ["texts", "frames", "head"])
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -192,6 +193,46 @@ def test_a_model_of_open_clip_is_adapted(tmp_path):
 def test_what_cannot_be_overridden(runs, name, key, value, message):
     with pytest.raises(UsageError, match=message):
         adapt(load(runs / name), {key: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"video.tube_stride": "1"}, "tube_stride belongs to another tower; .*video.tower$"),
+        ({"video.targets": "classes"}, "video.targets belongs to another tower"),
+        ({"video.tower": "3d", "video.dropout": "0.1"}, "dropout belongs to another tower"),
+        ({"video.tower": "4d"}, "video.tower must be one of 3d, frames"),
+        ({"video.num_crop": "3"}, "did you mean video.num_crops"),
+    ],
+)
+def test_what_a_model_of_images_has_no_use_for(runs, overrides, message):
+    with pytest.raises(UsageError, match=message):
+        adapt(load(runs / "image"), overrides)
+
+
+@pytest.mark.parametrize("num_frames", ["1", "4"])
+def test_a_model_of_images_is_inflated(runs, num_frames):
+    image = load(runs / "image")
+    video = adapt(image, {"video.tower": "3d", "video.num_frames": num_frames})
+    assert decoder_of(video).empty().shape == (0, 1, 3, int(num_frames), 32, 32)
+    pictures = frames(3)
+    still = pictures[:, :, None].expand(-1, -1, int(num_frames), -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            video.model.encode_image(still), image.model.encode_image(pictures), rtol=0, atol=1e-5
+        )
+    picture = Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
+    assert video.transform(picture, 0).shape == (3, int(num_frames), 32, 32)
+
+
+def test_towers_of_other_strides_are_not_taken_for_each_other(runs):
+    """Their weights are equal, and so is how they read: only the architecture tells them apart."""
+    image = load(runs / "image")
+    given = {"video.tower": "3d", "video.num_frames": "4"}
+    found = [adapt(image, {**given, "video.tube_stride": stride}) for stride in ("1", "2", "2")]
+    one, other, again = (model.fingerprint for model in found)
+    assert one != other == again
+    assert image.fingerprint not in (one, other)
 
 
 def test_an_image_model_and_its_adapted_form_are_of_one_space(runs):
