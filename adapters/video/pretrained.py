@@ -192,16 +192,15 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
 
 
 def _adapt_images(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    inflates = overrides.get("video.tower") == "3d"
+    _refuse(overrides, (*READING, *(TOWER if inflates else ("tower",))))
     video = override_section(_OF_IMAGES, overrides, prefix="video")
     crop = getattr(model.transform, "crop", 1.0)  # open_clip's see all of the shorter side
     towers, transform, identity = model.model, model.transform, model.identity
-    if video.tower == "3d":
-        _refuse(overrides, (*READING, *TOWER))
+    if inflates:
         towers = _inflated(towers, video, model)
         transform = _still(video, model.image_size, crop=crop)
         identity = f"{identity} {json.dumps(_kept(video, TOWER))}"
-    else:
-        _refuse(overrides, ("tower", *READING))
     return replace(
         model,
         model=VideoTwoTower.of(towers, view_dims=view_dims(video)).eval(),

@@ -186,7 +186,7 @@ def test_what_a_predictor_cannot_read(tmp_path):
         ("head zero-shot images", "no text tower"),
         ("texts zero-shot classes", "holds no images"),
         ("image zero-shot clips", "no image that can be read"),
-        ("texts video-zero-shot classes --video.tower 3d", "video.tower belongs to training"),
+        ("texts video-zero-shot classes --video.tower 3d", "video.tower has no effect here"),
         ("texts video-zero-shot classes --video.num_clip 3", "did you mean video.num_clips"),
         ("texts zero-shot images --video.num_clips 3", "key of fine-tune's recipe only"),
         ("texts video-zero-shot classes --split val", "val"),
@@ -208,7 +208,7 @@ def test_what_is_exported_embeds_alike(run, tmp_path):
     out = tmp_path / "out"
     assert main(["export", run, "--format", "safetensors", "--out", str(out)]) == 0
     clip = [next(Path("classes/test").glob("*/*.mp4"))]
-    found = [Predictor.load(name, device="cpu").embed_images(clip) for name in (run, out)]
+    found = [Predictor.load(name, device="cpu").image_features(clip) for name in (run, out)]
     np.testing.assert_array_equal(*found)
 
 
