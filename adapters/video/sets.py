@@ -109,13 +109,18 @@ def open_video_set(
 def open_video_samples(spec: str, *, split: str, root: Path) -> SetSamples:
     """Open a split of a set of videos to train on; see `open_video_set`.
 
-    What the set lacks is told at once.
+    A set without parts is taken as a whole. What the set lacks is told at once.
 
     Raises:
         UsageError: There is no such set or split, or its videos have several classes each.
         UniclError: The annotations are damaged.
     """
-    videos = open_video_set(spec, split=split, root=root)
+    try:
+        videos = open_video_set(spec, split=split, root=root)
+    except UsageError:
+        videos = open_video_set(spec, root=root)
+        if videos.splits:
+            raise
     if videos.skipped:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in videos.skipped.items())
         logger.warning("%s has %d of its videos (%s)", videos, videos.num_samples, reasons)

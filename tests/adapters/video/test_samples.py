@@ -77,6 +77,14 @@ def test_a_sample_per_video_of_a_class(tmp_path):
         samples.read(0)
 
 
+def test_a_set_without_parts_is_trained_on_as_a_whole(tmp_path):
+    files(tmp_path, ["a/1.mp4", "b/2.mp4"])
+    assert texts(open_video_samples(str(tmp_path), split="train", root=tmp_path)) == ["a", "b"]
+    files(tmp_path / "parts", ["val/a/1.mp4", "test/b/2.mp4"])
+    with pytest.raises(UsageError, match="no split 'train'"):
+        open_video_samples(str(tmp_path / "parts"), split="train", root=tmp_path)
+
+
 def test_samples_are_those_of_shards_of_the_set(captioned):
     samples = open_video_samples(str(captioned), split="train", root=captioned)
     prepare(SetSource({"": samples.images}), captioned / "shards")
