@@ -20,6 +20,8 @@ from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.order import mix
 from unicl.data.reader import ImageDecoder
 from unicl.data.shard_index import VIDEO_EXTENSIONS
+from unicl.data.shards import SampleError
+from unicl.data.sources import image_type
 from unicl.errors import UsageError
 
 __all__ = [
@@ -68,7 +70,7 @@ class TrainClipDecoder:
         """
         transform = TrainTransform(self.size, scale=self.scale, ratio=self.ratio, flip=False)
         if video_type(encoded) is None:
-            image = ImageDecoder(transform, self.max_pixels)(encoded, seed)
+            image = _decode_image(ImageDecoder(transform, self.max_pixels), encoded, seed)
             clip = image[:, None].expand(-1, self.sampling.num_frames, -1, -1)
         else:
 
@@ -141,7 +143,7 @@ class EvalClipDecoder:
         """
         if video_type(encoded) is None:
             transform = EvalTransform(self.size, crop=self.crop)
-            image = ImageDecoder(transform, self.max_pixels)(encoded, seed)
+            image = _decode_image(ImageDecoder(transform, self.max_pixels), encoded, seed)
             views = image[None, :, None].expand(*self._shape())
             return views.contiguous()
         frames = decode_frames(
@@ -180,6 +182,18 @@ class EvalClipDecoder:
         if self.crop is None and self.num_crops > 1:
             return 1.0
         return EvalTransform(self.size, crop=self.crop).crop
+
+
+def _decode_image(
+    decode: ImageDecoder, encoded: bytes, seed: int
+) -> UInt8[Tensor, "3 height width"]:
+    """Decode an image among videos; of what is neither, say that it is no video."""
+    try:
+        return decode(encoded, seed)
+    except SampleError as error:
+        if image_type(encoded) is not None:
+            raise
+        raise SampleError("not a video") from error
 
 
 def _resize(frame: Frame, height: int, width: int) -> UInt8[Tensor, "3 {height} {width}"]:

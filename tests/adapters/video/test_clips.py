@@ -204,7 +204,8 @@ def test_what_cannot_be_used_is_skipped(video):
             (video, "video too large"),
             (encoded_image(), "image too large"),
             (video[:200] + bytes(1000), "undecodable video"),
-            (b"neither", "undecodable image"),
+            (b"neither", "not a video"),
+            (encoded_image((8, 6))[:60], "undecodable image"),
         ):
             with pytest.raises(SampleError) as caught:
                 decoder(encoded, 0)
