@@ -105,7 +105,7 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
             whole[name][start:end] = part
     if not end:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        raise UniclError(f"{images} has no image that can be read ({reasons})")
+        raise UniclError(f"{images} has no sample that can be read ({reasons})")
     return ImageEmbeddings(
         **{name: tensor[:end] for name, tensor in whole.items()}, skipped=dict(skipped)
     )

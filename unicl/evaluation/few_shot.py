@@ -81,8 +81,9 @@ def draw_episodes(
     large = numbers[counts >= needed]
     if len(large) < way:
         raise UsageError(
-            f"{shot} shots take {way} classes of at least {needed} images each ({_QUERIES} of them "
-            f"to be asked about); of the set's {len(numbers)} classes {len(large)} have so many"
+            f"{shot} shots take {way} classes of at least {needed} samples each ({_QUERIES} of "
+            f"them to be asked about); of the set's {len(numbers)} classes {len(large)} have so "
+            "many"
         )
     rows_of = {int(number): np.flatnonzero(targets == number) for number in large}
     drawn = np.empty((num_episodes, way, needed), np.int64)

@@ -212,7 +212,7 @@ def test_a_complete_cache_need_not_be_writable(
 
 
 def test_nothing_to_embed() -> None:
-    with pytest.raises(UniclError, match="noise has no image that can be read"):
+    with pytest.raises(UniclError, match="noise has no sample that can be read"):
         image_embeddings(toy(), noise(num_samples=3, damaged=(0, 1, 2)), setting(None))
 
 

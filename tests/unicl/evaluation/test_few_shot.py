@@ -33,7 +33,7 @@ def test_episodes_hold_different_images_of_different_classes() -> None:
 def test_too_few_images() -> None:
     targets = np.repeat(np.arange(6), [20, 20, 20, 20, 19, 3])
     with pytest.raises(
-        UsageError, match=r"5 classes of at least 20 images each .* 6 classes 4 have so many"
+        UsageError, match=r"5 classes of at least 20 samples each .* 6 classes 4 have so many"
     ):
         draw_episodes(targets, shot=5)
 
