@@ -5,7 +5,8 @@ for the folders of classes in their order, and `templates.txt`, a prompt per lin
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from unicl.data.image_sets.image_set import (
     require_whole,
 )
 from unicl.data.image_sets.images import ImageFiles
-from unicl.data.shard_index import IMAGE_EXTENSIONS
+from unicl.data.shard_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from unicl.data.sources import class_name, visible_folder
 from unicl.errors import UsageError
 
@@ -112,10 +113,14 @@ def is_parted(folder: Path, medium: Medium = IMAGES) -> bool:
 def open_loose_files(folder: Path, medium: Medium = IMAGES) -> ImageSet:
     """Open all images of a folder and of those below it, whatever they are called.
 
+    Videos between them are counted as skipped, as are images between videos: a folder is embedded
+    as one of both.
+
     Raises:
         UsageError: There is no image.
     """
-    listed = [path for path in folder.rglob("*") if medium.includes(str(path))]
+    paths = list(folder.rglob("*"))
+    listed = [path for path in paths if medium.includes(str(path))]
     found = sorted(path.relative_to(folder) for path in listed if path.exists())
     if not listed:
         raise UsageError(f"{folder} has no {medium.noun}; expected {', '.join(medium.suffixes)}")
@@ -125,8 +130,14 @@ def open_loose_files(folder: Path, medium: Medium = IMAGES) -> ImageSet:
         split="",
         splits=(),
         images=ImageFiles(folder, names),
-        skipped=_broken_links(len(listed) - len(found)),
+        skipped={**_broken_links(len(listed) - len(found)), **_others(paths, medium)},
     )
+
+
+def _others(paths: Iterable[Path], medium: Medium) -> dict[str, int]:
+    either = replace(medium, extensions=(*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    count = sum(either.includes(str(path)) and not medium.includes(str(path)) for path in paths)
+    return {f"no {medium.noun}": count} if count else {}
 
 
 def _broken_links(count: int) -> dict[str, int]:

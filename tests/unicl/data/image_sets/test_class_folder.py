@@ -77,6 +77,15 @@ def test_parts_of_class_folders_are_a_set_to_embed(tmp_path, loose, split, count
         assert set(named(images).values()) == ({"dog", "red cat"} if split == "train" else {"dog"})
 
 
+def test_videos_between_images_are_counted(tmp_path):
+    picture(tmp_path / "album/1.png")
+    for name in ("album/2.mp4", "3.MOV", ".hidden.mp4", "notes.txt"):
+        (tmp_path / name).touch()
+    images = open_images(str(tmp_path), root=tmp_path)
+    assert images.num_samples == 1
+    assert images.skipped == {"no image": 2}
+
+
 def test_folders_called_like_parts_may_be_albums(tmp_path):
     for name in ("train/1.png", "test/2.png"):
         picture(tmp_path / name)
