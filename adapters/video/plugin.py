@@ -8,6 +8,7 @@ from typing import Any
 
 from adapters.video.config import OF_MODEL, VideoRecipe
 from unicl.config import Recipe
+from unicl.errors import UsageError
 
 # Of fine-tuning a whole model by class prompts (Florence 3.3).
 _RATE_OF_CLIP = 2e-5
@@ -74,9 +75,18 @@ class VideoPlugin:
         return open_videos(spec, split=split, root=root)
 
     def follow(self, recipe: VideoRecipe, towers: Recipe) -> VideoRecipe:
-        """Take the clips and the tower of a run on videos; inflate a CoSwin, average others."""
+        """Take the clips and the tower of a run on videos; inflate a CoSwin, average others.
+
+        Raises:
+            UsageError: Texts are to be learned, and the run has a head in place of a text tower.
+        """
         video = recipe.video
         if isinstance(towers, VideoRecipe):
+            if video.targets == "texts" and towers.video.targets == "classes":
+                raise UsageError(
+                    "a run with a classification head has no text tower, which captions need; "
+                    "start from another model"
+                )
             kept: Any = {name: getattr(towers.video, name) for name in OF_MODEL}
             video = replace(video, **kept)
         if towers.model is not None:  # of open_clip; its towers take no head and have no layers

@@ -1,5 +1,6 @@
 import pytest
 
+from adapters.video.plugin import plugin
 from unicl.config import parse_recipe
 from unicl.errors import UsageError
 
@@ -23,3 +24,9 @@ from unicl.errors import UsageError
 def test_what_does_not_fit_together(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_recipe("", {"task": "video", **overrides})
+
+
+def test_captions_do_not_follow_a_head() -> None:
+    head = parse_recipe("", {"task": "video", "video.targets": "classes"})
+    with pytest.raises(UsageError, match="no text tower, which captions need"):
+        plugin.follow(parse_recipe("", {"task": "video"}), head)
