@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unicl.config import Plugin, evaluation_names, split_evaluation
+from unicl.config import Plugin, evaluation_names, find_holder, split_evaluation
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.hash_table import normalise
 from unicl.data.image_sets import (
@@ -338,9 +338,15 @@ def _open(task: str, name: str, options: Options, plugin: Plugin | None = None) 
         kind: Literal["captions", "classes"] = "captions" if task == "retrieval" else "classes"
         if plugin is not None:
             return plugin.open_set(name, split=split, root=options.root, kind=kind)
-        return open_image_set(
-            name, split=split, root=options.root, download=options.download, kind=kind
-        )
+        try:
+            return open_image_set(
+                name, split=split, root=options.root, download=options.download, kind=kind
+            )
+        except UsageError as error:
+            holder = find_holder(name)
+            if holder is None or task not in holder.evaluations:
+                raise
+            raise UsageError(f"{error}; for what it holds there is {holder.name}-{task}") from error
 
     test = part(options.split)
     warn_of_classes(test, by_name=task == "zero-shot")

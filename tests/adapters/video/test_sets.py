@@ -12,6 +12,7 @@ from unicl.data.image_sets import CaptionSet, ClassificationSet, MissingSetError
 from unicl.data.image_sets.images import TarImages
 from unicl.data.shards import index_shards
 from unicl.errors import UsageError
+from unicl.evaluator import Options, evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -299,3 +300,11 @@ def test_tars_of_clip_benchmark(tmp_path):
     assert abs(shade(found.read(0).image) - 90) <= 2
     lines(tmp_path / "zeroshot_classification_templates.txt", "a clip of {c}.")
     assert opened(tmp_path).templates == ("a clip of {}.",)
+
+
+def test_who_evaluates_videos_as_images_is_told_how_to(tmp_path):
+    files(tmp_path, ["a/1.mp4", "b/2.mp4"])
+    with pytest.raises(
+        UsageError, match=r"no images.*; for what it holds there is video-zero-shot"
+    ):
+        evaluate("any", "zero-shot", [str(tmp_path)], Options(device="cpu"))
