@@ -10,17 +10,19 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path, PurePath
 
 from adapters.depth.rgbd import join
 from unicl.data.image_sets import ClassificationSet
-from unicl.data.image_sets.class_folder import open_class_folder
+from unicl.data.image_sets.class_folder import IMAGES, open_class_folder
 from unicl.data.image_sets.images import ImageFiles
 from unicl.data.shards import RawSample
 from unicl.errors import UsageError
 
 _SUFFIXES = (".depth.png", "_depth.png")
 _RGB, _DEPTH = "rgb", "depth"
+_LOOKS = 1000
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,17 @@ def open_rgbd_folder(folder: Path, *, split: str) -> ClassificationSet:
 
 
 def has_depth(folder: Path) -> bool:
-    """Say whether images below a folder have depth maps, by the names in the first folders."""
+    """Say whether images below a folder have depth maps, by the first folder that has images.
+
+    No more than 1,000 folders are looked into.
+    """
     if _is_apart(folder):
         return True
-    for _, folders, names in os.walk(folder, followlinks=True):
+    for _, folders, names in islice(os.walk(folder, followlinks=True), _LOOKS):
         folders.sort()
         if {_RGB, _DEPTH} <= set(folders) or any(name.endswith(_SUFFIXES) for name in names):
             return True
-        if any(not name.endswith(".txt") for name in names):
+        if any(map(IMAGES.includes, names)):
             return False
     return False
 

@@ -73,3 +73,12 @@ def test_a_folder_without_depth_maps_is_refused(tmp_path: Path) -> None:
     assert not has_depth(tmp_path)
     with pytest.raises(UsageError, match=r"has no image with a depth map; expected CLASS/NAME\.d"):
         open_rgbd_folder(tmp_path, split="test")
+
+
+def test_what_is_no_image_says_nothing_of_depth(tmp_path: Path) -> None:
+    write_set(tmp_path, "{label}/{name}.jpg")
+    write(tmp_path / "README.md", b"read me")
+    write(tmp_path / "attic" / "LICENSE", b"")
+    assert has_depth(tmp_path)
+    write(tmp_path / "cover.jpg", b"an image alone")
+    assert not has_depth(tmp_path)
