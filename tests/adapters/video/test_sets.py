@@ -150,6 +150,15 @@ def test_a_part_without_classes_or_videos(tmp_path):
         opened(tmp_path / "m")
 
 
+def test_a_test_part_without_classes_is_none(tmp_path):
+    lines(tmp_path / "test.csv", "youtube_id,time_start,time_end", "A,0,10")
+    lines(tmp_path / "val.csv", KINETICS, "yoga,B,0,10,val,0")
+    files(tmp_path, ["A_000000_000010.mp4", "B_000000_000010.mp4"])
+    found = opened(tmp_path)
+    assert (found.split, found.splits) == ("val", ("val",))
+    assert named(found) == {"B_000000_000010.mp4": "yoga"}
+
+
 def test_no_video_is_there(tmp_path):
     lines(tmp_path / "val.csv", KINETICS, "yoga,A,0,10,val,0")
     with pytest.raises(UsageError, match=r"none of the 1 videos .*, such as A_000000_000010; put"):
