@@ -269,11 +269,13 @@ def _of_files(files: list[Path], folder: Path) -> Annotations | None:
 
 
 def _is_msr_vtt(path: Path) -> bool:
-    # The real file has 30 MB, in which the sentences may come first.
     if path.suffix.lower() != ".json":
         return False
+    # The real file has 30 MB, in which the sentences may come first. Sets of frames have video_id,
+    # too (COCO-VID), but no sentences.
     with open(path, "rb") as file:
-        return b'"video_id"' in file.read(1 << 16)
+        start = file.read(1 << 16)
+        return b'"video_id"' in start and b'"sentences"' in start + file.read()
 
 
 def _first_line(path: Path) -> str:

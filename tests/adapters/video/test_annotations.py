@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from adapters.video.annotations import Kinetics, MsrVtt, VideoLists, find_annotations, split_of
@@ -79,6 +81,23 @@ def test_what_is_no_annotations(tmp_path):
     assert find_annotations(tmp_path) is None
     assert find_annotations(tmp_path / "cat/1.mp4") is None
     assert find_annotations(tmp_path / "absent") is None
+
+
+def test_frames_that_know_their_video_are_images(tmp_path):
+    # COCO-VID's.
+    coco = '{"videos": [{"id": 1}], "images": [{"video_id": 1}], "annotations": [{"video_id": 1}]}'
+    lines(tmp_path / "train.json", coco)
+    lines(tmp_path / "meta.json", '[{"video_id": "a", "caption": "b"}]')
+    assert find_annotations(tmp_path) is None
+    assert find_annotations(tmp_path / "train.json") is None
+
+
+def test_msr_vtt_may_begin_with_its_sentences_or_its_videos(tmp_path):
+    many = [{"video_id": f"video{number}"} for number in range(9000)]
+    one = [{"video_id": "video1", "caption": "one"}]
+    for content in ({"videos": many, "sentences": one}, {"sentences": many, "videos": one}):
+        lines(tmp_path / "MSRVTT_data.json", json.dumps(content))
+        assert isinstance(find_annotations(tmp_path), MsrVtt)
 
 
 @pytest.fixture

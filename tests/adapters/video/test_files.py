@@ -52,7 +52,7 @@ def test_tars_hold_what_their_first_sample_is(tmp_path, extension, expected, inn
 def test_annotations_are_of_videos(tmp_path):
     table = lines(tmp_path / "k400/val.csv", KINETICS)
     msr_vtt(tmp_path / "msr", {}, {"video1": "one"})
-    (tmp_path / "msr/MSRVTT_data.json").write_text('{"videos": [{"video_id": "video1"}]}')
+    lines(tmp_path / "msr/MSRVTT_data.json", '{"videos": [{"video_id": "1"}], "sentences": []}')
     for spec in (table, table.parent, tmp_path / "msr", tmp_path / "msr/MSRVTT_data.json"):
         assert holds_videos(str(spec)) is True
     assert holds_videos(str(lines(tmp_path / "a.csv", "image,caption"))) is False

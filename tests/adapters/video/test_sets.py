@@ -164,7 +164,7 @@ def test_no_video_is_there(tmp_path):
     with pytest.raises(UsageError, match=r"none of the 1 videos .*, such as A_000000_000010; put"):
         opened(tmp_path)
     msr_vtt(tmp_path / "m", {}, {"video7": "seven"})
-    (tmp_path / "m/MSRVTT_data.json").write_text('{"videos": [{"video_id": "video7"}]}')
+    lines(tmp_path / "m/MSRVTT_data.json", '{"videos": [{"video_id": "7"}], "sentences": []}')
     with pytest.raises(UsageError, match=r"none of the 1 videos .*, such as video7; put"):
         opened(tmp_path / "m")
     with pytest.raises(MissingSetError, match="msrvtt needs its annotations and videos in "):
