@@ -129,9 +129,11 @@ def _train_decoder(recipe: VideoRecipe) -> Decode:
         ratio=data.crop_ratio,
         flip=data.flip,
         rand_augment=(video.randaugment_ops, video.randaugment_magnitude) if augmented else None,
+        max_pixels=data.max_image_pixels,
     )
     return decode if video.tower == "3d" else FramesDecoder(decode)
 
 
 def _eval_decoder(recipe: VideoRecipe) -> Decode:
-    return eval_decoder(recipe.video, recipe.image_tower.image_size)
+    size, max_pixels = recipe.image_tower.image_size, recipe.data.max_image_pixels
+    return eval_decoder(recipe.video, size, max_pixels=max_pixels)

@@ -25,6 +25,7 @@ from unicl.data.sources import image_type
 from unicl.errors import UsageError
 
 __all__ = [
+    "MAX_PIXELS",
     "VIDEO_EXTENSIONS",
     "ClipSampling",
     "EvalClipDecoder",
@@ -33,7 +34,7 @@ __all__ = [
     "video_type",
 ]
 
-_MAX_PIXELS = 1 << 26
+MAX_PIXELS = 1 << 26
 # Told apart from what `TrainTransform` draws with the same seed.
 _FLIP, _SAMPLING, _RAND_AUGMENT = (int.from_bytes(name) for name in (b"flip", b"when", b"augment"))
 
@@ -58,7 +59,7 @@ class TrainClipDecoder:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
     rand_augment: tuple[int, int] | None = None
-    max_pixels: int = _MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __call__(
         self, encoded: bytes, seed: int
@@ -119,7 +120,7 @@ class EvalClipDecoder:
     num_clips: int = 1
     num_crops: int = 1
     crop: float | None = None
-    max_pixels: int = _MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.num_clips < 1 or self.num_crops < 1:

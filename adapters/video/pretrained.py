@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from adapters.video.clips import ClipSampling, EvalClipDecoder
+from adapters.video.clips import MAX_PIXELS, ClipSampling, EvalClipDecoder
 from adapters.video.config import READING, TOWER, VideoConfig, VideoRecipe
 from adapters.video.coswin3d import coswin3d, load_image_weights
 from adapters.video.towers import VideoClassifier, VideoTwoTower
@@ -100,7 +100,9 @@ def view_dims(video: VideoConfig) -> int:
     return 4 if video.tower == "3d" else 3
 
 
-def eval_decoder(video: VideoConfig, size: int, *, crop: float | None = None) -> Decode:
+def eval_decoder(
+    video: VideoConfig, size: int, *, crop: float | None = None, max_pixels: int = MAX_PIXELS
+) -> Decode:
     """Build what makes the views of an encoded video, or of an image as a still clip."""
     decode = EvalClipDecoder(
         size,
@@ -108,6 +110,7 @@ def eval_decoder(video: VideoConfig, size: int, *, crop: float | None = None) ->
         num_clips=video.num_clips,
         num_crops=video.num_crops,
         crop=crop,
+        max_pixels=max_pixels,
     )
     return decode if video.tower == "3d" else FramesDecoder(decode)
 

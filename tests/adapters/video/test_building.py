@@ -192,6 +192,17 @@ def test_defects_are_counted_and_told(corpus, tmp_path, in_shards):
     assert "undecodable video" in str(told.value)
 
 
+@BOTH
+def test_videos_of_too_many_pixels_are_skipped(corpus, recipe_of):
+    clips, classes = str(corpus / "clips/test"), str(corpus / "classes")
+    held_out = clips if recipe_of is clip_recipe else classes
+    given = {"data__max_image_pixels": "100", "evaluation__data": held_out}
+    parts = build(complete(recipe_of(corpus, **given)), ALONE, start=True)
+    for batches in (parts.loader.batches(), parts.evaluators[0].loader.epoch()):
+        assert next(iter(batches)).skipped.keys() == {"video too large"}
+        batches.close()
+
+
 def test_the_head_must_know_every_class(corpus, tmp_path):
     shutil.copytree(corpus / "classes", tmp_path / "more")
     shutil.copytree(tmp_path / "more/test/growing", tmp_path / "more/test/dancing")
