@@ -22,6 +22,8 @@ from unicl.build import (
     build_train_loader,
     open_shards,
 )
+from unicl.data.image_sets import ClassificationSet
+from unicl.data.image_sets.samples import SetSamples
 from unicl.data.reader import Decode
 from unicl.data.shard_index import DATASET_FILE
 from unicl.distributed import Ranks
@@ -33,12 +35,18 @@ logger = logging.getLogger("unicl")
 
 
 def complete(recipe: VideoRecipe) -> VideoRecipe:
-    """Name the classes of a head after the texts of the training data, in alphabetical order."""
+    """Name the classes of a head after all those of the set, in its order.
+
+    Of shards they are the texts, in alphabetical order.
+    """
     video = recipe.video
     if video.targets == "texts" or video.class_names or not recipe.data.train:
         return recipe
-    texts = open_samples(Path(recipe.data.train), split="train").table().texts
-    names = tuple(sorted(text for text in texts if text.strip()))
+    samples = open_samples(Path(recipe.data.train), split="train")
+    if isinstance(samples, SetSamples) and isinstance(samples.images, ClassificationSet):
+        names = samples.images.class_names  # a class may have no video in this part
+    else:
+        names = tuple(sorted(samples.table().texts))
     return replace(recipe, video=replace(video, class_names=names))
 
 

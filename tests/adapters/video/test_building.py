@@ -8,7 +8,8 @@ import torch
 from torch import distributed as dist
 
 from adapters.video.building import build, complete
-from tests.adapters.video.runs import clip_recipe, head_recipe, write_corpus
+from adapters.video.sets import open_video_set
+from tests.adapters.video.runs import NUM_CLIPS, clip_recipe, head_recipe, write_corpus
 from tests.adapters.video.videos import encode_audio
 from tests.unicl.ranks import on_ranks
 from unicl.build import build_backend, train
@@ -20,6 +21,8 @@ from unicl.engine.gradient_cache import backward
 from unicl.engine.metrics import read_metrics
 from unicl.engine.optimizer import parameter_groups
 from unicl.errors import UniclError, UsageError
+from unicl.evaluation.cache import Setting
+from unicl.evaluation.protocols import recognition
 from unicl.models import load, read_recipe
 
 MOTIONS = ("growing", "moving down", "moving left", "moving right", "moving up", "shrinking")
@@ -213,6 +216,19 @@ def test_the_head_must_know_every_class(corpus, tmp_path):
     with pytest.raises(UsageError, match=r"4 texts of the data are no class .* 'moving left'"):
         train(given, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_without_training_videos_is_one_of_the_head(corpus, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(corpus / "classes", data)
+    shutil.rmtree(data / "train/growing")
+    (data / "classnames.txt").write_text("larger\ndown\nleft\nright\nup\nsmaller\n")
+    recipe = complete(head_recipe(corpus, data__train=str(data), evaluation__data=str(data)))
+    assert recipe.video.class_names == ("larger", "down", "left", "right", "up", "smaller")
+    run = train(recipe, tmp_path / "run")
+    tested = open_video_set(str(data), root=tmp_path)
+    result, _ = recognition(load(run.path, device="cpu"), tested, Setting(num_workers=0))
+    assert result.num_images == NUM_CLIPS
 
 
 def test_more_classes_than_the_data_has_are_kept(corpus, tmp_path):
