@@ -88,16 +88,11 @@ class Classes:
     """Numbers of classes by the labels of their texts.
 
     Args:
-        labels: Label of each class.
-
-    Raises:
-        UsageError: Two classes have one label.
+        labels: Label of each class, all different.
     """
 
     def __init__(self, labels: Sequence[int]) -> None:
         self._sorted, self._numbers = torch.tensor(list(labels)).sort()
-        if len(set(labels)) < len(labels):
-            raise UsageError("two classes have the same name; give each a name of its own")
 
     def of(self, labels: Tensor) -> Tensor:
         """Return the numbers [n] of labels [n].

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from unicl.build import (
     build_train_loader,
     open_shards,
 )
+from unicl.data.hash_table import normalise
 from unicl.data.image_sets import ClassificationSet
 from unicl.data.image_sets.samples import SetSamples
 from unicl.data.reader import Decode
@@ -117,8 +119,17 @@ def _recognition(recipe: VideoRecipe, ranks: Ranks) -> list[Recognition]:
 
 def _labels(recipe: VideoRecipe, samples: TextSamples) -> list[int]:
     """Return the labels of the head's classes, which must be all that the samples have."""
-    table, names = samples.table(), recipe.video.class_names
-    unknown = sorted({text for text in table.texts if text.strip()}.difference(names))
+    table, names = samples.table(), [normalise(name) for name in recipe.video.class_names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(
+            f"two classes of the head are called {twice[0]!r}; give each a name of its own"
+        )
+    if table.num_empty:
+        raise UsageError(
+            f"{table.num_empty} samples of the data have an empty text, which is no class of a "
+            "head; take them out, or set video.targets to texts"
+        )
+    unknown = sorted(set(table.texts).difference(names))
     if unknown:
         raise UsageError(
             f"{len(unknown)} texts of the data are no class of the head, such as {unknown[0]!r}; "

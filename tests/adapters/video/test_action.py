@@ -74,8 +74,3 @@ def test_labels_become_numbers_of_classes() -> None:
     for stranger in (-8, 5, 41):
         with pytest.raises(UsageError, match="none of the head's classes"):
             classes.of(torch.tensor([3, stranger]))
-
-
-def test_two_classes_with_one_label_are_refused() -> None:
-    with pytest.raises(UsageError, match="same name"):
-        Classes([1, 2, 1])

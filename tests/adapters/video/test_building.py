@@ -231,6 +231,23 @@ def test_a_class_without_training_videos_is_one_of_the_head(corpus, tmp_path):
     assert result.num_images == NUM_CLIPS
 
 
+def test_two_classes_of_one_name_are_told(corpus):
+    names = ",".join((*MOTIONS, "moving  up"))
+    with pytest.raises(UsageError, match="two classes of the head are called 'moving up'; give"):
+        build(head_recipe(corpus, video__class_names=names), ALONE, start=True)
+
+
+def test_a_head_has_no_class_of_an_empty_text(corpus, tmp_path):
+    clip = next((corpus / "classes/train").glob("*/*.mp4")).read_bytes()
+    with ShardWriter(tmp_path / "data") as writer:
+        for number, text in enumerate(("growing", " ", "shrinking", "")):
+            writer.write(f"{number}", clip, "mp4", text)
+    recipe = head_recipe(corpus, data__train=str(tmp_path / "data"))
+    with pytest.raises(UsageError, match="2 samples of the data have an empty text, which"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_more_classes_than_the_data_has_are_kept(corpus, tmp_path):
     names = ("standing still", *reversed(MOTIONS))
     run = train(head_recipe(corpus, video__class_names=",".join(names)), tmp_path / "run")
