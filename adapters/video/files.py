@@ -14,6 +14,9 @@ from unicl.errors import UniclError
 KNOWN_VIDEO_SETS = ("kinetics400", "kinetics600", "kinetics700", "msrvtt")
 """The sets that have a name of their own, which is that of their folder."""
 
+FILE_EXTENSIONS = tuple(name for name in VIDEO_EXTENSIONS if name != "ts")
+"""Of the files that a folder is searched for: one called .ts is mostly a program in TypeScript."""
+
 _LOOKS = 1000
 
 _SIGNATURES = {
@@ -39,7 +42,7 @@ def holds_videos(spec: str) -> bool:
     if spec in KNOWN_VIDEO_SETS:
         return True
     if path.is_file():
-        return _extension(path.name) in VIDEO_EXTENSIONS or find_annotations(path) is not None
+        return _extension(path.name) in FILE_EXTENSIONS or find_annotations(path) is not None
     if not spec or not path.is_dir():
         return False
     return find_annotations(path) is not None or _mostly_videos(path)
@@ -70,7 +73,7 @@ def find_videos(folder: Path) -> dict[str, list[str]]:
     for place, names in _walk(folder):
         inner = os.path.relpath(place, folder)
         for name in names:
-            if _extension(name) in VIDEO_EXTENSIONS and not name.startswith("."):
+            if _extension(name) in FILE_EXTENSIONS and not name.startswith("."):
                 path = os.path.normpath(os.path.join(inner, name))
                 found[os.path.splitext(name)[0]].append(path)
     return dict(found)
@@ -80,7 +83,7 @@ def _mostly_videos(folder: Path) -> bool:
     for place, names in islice(_walk(folder), _LOOKS):
         names = [name for name in names if not name.startswith(".")]
         extensions = [_extension(name) for name in names]
-        videos = sum(extension in VIDEO_EXTENSIONS for extension in extensions)
+        videos = sum(extension in FILE_EXTENSIONS for extension in extensions)
         images = sum(extension in IMAGE_EXTENSIONS for extension in extensions)
         if videos or images:
             return videos > images

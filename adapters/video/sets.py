@@ -22,7 +22,7 @@ from adapters.video.annotations import (
     find_annotations,
     split_of,
 )
-from adapters.video.files import KNOWN_VIDEO_SETS, find_videos
+from adapters.video.files import FILE_EXTENSIONS, KNOWN_VIDEO_SETS, find_videos
 from unicl.data.atomic import atomic_file
 from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet, MissingSetError
 from unicl.data.image_sets.class_folder import (
@@ -38,7 +38,6 @@ from unicl.data.image_sets.images import ImageFiles
 from unicl.data.image_sets.prepared import open_prepared, prepared_parts
 from unicl.data.image_sets.samples import SetSamples
 from unicl.data.image_sets.webdataset import is_webdataset, open_webdataset
-from unicl.data.shard_index import VIDEO_EXTENSIONS
 from unicl.data.sources import class_name
 from unicl.errors import UsageError
 
@@ -62,7 +61,7 @@ VIDEO_TEMPLATES = tuple(
 
 VIDEOS = Medium(
     "video",
-    VIDEO_EXTENSIONS,
+    FILE_EXTENSIONS,
     VIDEO_TEMPLATES,
     "CLASS/VIDEO.mp4 in it (or in train, val, test), a table of Kinetics, MSRVTT_data.json, a list "
     "of `path number`, CLIP_benchmark's test/nshards.txt, or dataset.json of prepared shards",

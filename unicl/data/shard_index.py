@@ -31,6 +31,7 @@ VIDEO_EXTENSIONS = (
     "wmv",
     "3gp",
     "ogv",
+    "ts",
 )
 # Of a sample with several, the first counts: a clip may have a picture beside it, as video2dataset
 # writes them.

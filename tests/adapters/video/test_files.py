@@ -31,6 +31,7 @@ def test_videos_are_found_wherever_they_lie(tmp_path):
         (["other.tar"], False),  # it is none
         (["readme.txt"], False),
         ([".hidden.mp4", "1.png"], False),
+        (["src/index.ts", "src/main.ts"], False),
     ],
 )
 def test_a_folder_holds_videos_or_images(tmp_path, names, expected):
