@@ -9,6 +9,7 @@ from unicl.config.plugins import PRETRAINING as PRETRAINING
 from unicl.config.plugins import Plugin as Plugin
 from unicl.config.plugins import evaluation_names as evaluation_names
 from unicl.config.plugins import find_holder as find_holder
+from unicl.config.plugins import find_picture as find_picture
 from unicl.config.plugins import find_plugin as find_plugin
 from unicl.config.plugins import plugin_names as plugin_names
 from unicl.config.plugins import split_evaluation as split_evaluation

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unicl.config.plugins import PRETRAINING, find_plugin, plugin_names, recipe_class
+from unicl.config.plugins import PRETRAINING, recipe_class, working_plugins
 from unicl.config.schema import Recipe
 from unicl.errors import UsageError
 
@@ -26,7 +26,7 @@ def recipe_names() -> list[str]:
 
 def _shipped() -> dict[str, Traversable]:
     folders = [resources.files("unicl.config") / "recipes"]
-    folders += [find_plugin(name).recipes for name in plugin_names()]
+    folders += [plugin.recipes for plugin in working_plugins()]
     files = (file for folder in folders for file in folder.iterdir())
     return {f.name.removesuffix(".toml"): f for f in files if f.name.endswith(".toml")}
 

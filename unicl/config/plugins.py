@@ -1,6 +1,7 @@
 """Tasks beside pretraining: plug-ins of the entry-point group `unicl.tasks`."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources.abc import Traversable
@@ -8,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from unicl.config.schema import Recipe
 from unicl.errors import UniclError, UsageError
+
+logger = logging.getLogger("unicl")
 
 GROUP = "unicl.tasks"
 PRETRAINING = "pretraining"
@@ -78,28 +81,67 @@ def plugin_names() -> tuple[str, ...]:
     return tuple(sorted(_entries()))
 
 
-@functools.cache
 def find_plugin(name: str) -> Plugin:
     """Return an installed plug-in.
 
     Raises:
         UsageError: There is none of this name.
-        UniclError: It cannot be imported.
+        UniclError: It is broken.
     """
     if name not in _entries():
         known = ", ".join((PRETRAINING, *plugin_names()))
         raise UsageError(f"there is no task {name!r}; installed are {known}")
-    try:
-        plugin: Plugin = _entries()[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UniclError(f"the plug-in {name} cannot be imported: {error}") from error
+    plugin = _load(_entries()[name])
+    if isinstance(plugin, str):
+        raise UniclError(f"the plug-in {name} {plugin}")
     return plugin
+
+
+def working_plugins() -> list[Plugin]:
+    """Return the installed plug-ins without those that are broken, of which a warning tells."""
+    plugins = []
+    for name, entry in sorted(_entries().items()):
+        plugin = _load(entry)
+        if isinstance(plugin, str):
+            warn_once(f"left out: the plug-in {name} {plugin}")
+        else:
+            plugins.append(plugin)
+    return plugins
+
+
+@functools.cache
+def _load(entry: EntryPoint) -> Plugin | str:
+    """Import a plug-in, or say what is wrong with it: it is somebody's code, so anything may be."""
+    try:
+        plugin = entry.load()
+    except Exception as error:
+        return f"cannot be imported: {error}"
+    if not isinstance(plugin, Plugin):
+        return f"lacks something of unicl.config.Plugin: {entry.value}"
+    if plugin.name != entry.name:
+        return f"calls itself {plugin.name}: {entry.value}"
+    return plugin
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning of one line, the first time only."""
+    logger.warning("%s", " ".join(message.split()))
 
 
 def find_holder(spec: str) -> Plugin | None:
     """Return the plug-in whose medium a set or folder holds; None where these are images."""
-    plugins = map(find_plugin, plugin_names())
-    return next((plugin for plugin in plugins if plugin.holds(spec)), None)
+    return next((plugin for plugin in working_plugins() if plugin.holds(spec)), None)
+
+
+def find_picture(encoded: bytes) -> bytes | None:
+    """Return the image file by which a plug-in shows an encoded file; None where none does.
+
+    Raises:
+        UniclError: The file is damaged.
+    """
+    pictures = (plugin.picture(encoded) for plugin in working_plugins())
+    return next((picture for picture in pictures if picture is not None), None)
 
 
 def split_evaluation(task: str) -> tuple[Plugin | None, str]:
@@ -110,9 +152,7 @@ def split_evaluation(task: str) -> tuple[Plugin | None, str]:
 
 def evaluation_names() -> tuple[str, ...]:
     """List the evaluations of all plug-ins, as `unicl eval` takes them."""
-    return tuple(
-        f"{name}-{own}" for name in plugin_names() for own in find_plugin(name).evaluations
-    )
+    return tuple(f"{each.name}-{own}" for each in working_plugins() for own in each.evaluations)
 
 
 def recipe_class(task: str) -> type[Recipe]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from unicl.config import find_plugin, plugin_names
+from unicl.config import find_picture
 from unicl.data.augment import UndecodableImage, open_image, upright
 from unicl.errors import UniclError
 from unicl.evaluation.published import is_rank
@@ -155,7 +155,7 @@ def thumbnail(image: bytes, *, side: int) -> bytes:
     Raises:
         UndecodableImage: the bytes are no image, or damaged.
     """
-    with open_image(_shown(image)) as opened:
+    with open_image(find_picture(image) or image) as opened:
         small = upright(opened, longer_side=2 * side)
     small.thumbnail((side, side))
     times = side // 2 // max(small.size)
@@ -164,12 +164,6 @@ def thumbnail(image: bytes, *, side: int) -> bytes:
     file = BytesIO()
     small.save(file, "JPEG", quality=85)
     return file.getvalue()
-
-
-def _shown(encoded: bytes) -> bytes:
-    """Return an image file that shows an encoded file: itself, unless a plug-in knows better."""
-    pictures = (find_plugin(name).picture(encoded) for name in plugin_names())
-    return next((picture for picture in pictures if picture is not None), encoded)
 
 
 def dot(run: int | None) -> str:

@@ -1,14 +1,19 @@
 """Plug-ins of the entry-point group, through one that is installed and one that is broken."""
 
+import logging
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from unicl.config import (
     Plugin,
     evaluation_names,
+    find_holder,
+    find_picture,
     find_plugin,
     load_recipe,
     override_section,
@@ -84,11 +89,47 @@ def test_one_section_is_overridden_strictly() -> None:
             override_section(video, overrides, prefix="video")
 
 
-def test_one_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = EntryPoint("broken", "no_such_package:plugin", plugins.GROUP)
-    monkeypatch.setattr(plugins, "_entries", lambda: {"broken": broken})
-    with pytest.raises(UniclError, match="plug-in broken cannot be imported: No module named"):
-        find_plugin.__wrapped__("broken")
+def _install(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """Install plug-ins by what their entry points name, beside the videos'."""
+    values = {"video": "adapters.video.plugin:plugin", **values}
+    entries = {name: EntryPoint(name, value, plugins.GROUP) for name, value in values.items()}
+    monkeypatch.setattr(plugins, "_entries", lambda: entries)
+    plugins.warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_package:plugin", "cannot be imported: No module named 'no_such_package'"),
+        ("broken_plugin:plugin", "cannot be imported: division by zero"),
+        ("adapters.video.plugin:none", "cannot be imported: module .* has no attribute 'none'"),
+        ("adapters.video.plugin:VideoRecipe", "lacks something of unicl.config.Plugin"),
+        ("adapters.video.plugin:plugin", "calls itself video"),
+    ],
+)
+def test_one_that_is_broken_is_left_out_until_it_is_named(
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "broken_plugin.py").write_text("plugin = 1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)
+    _install(monkeypatch, broken=value)
+    assert "video_classes" in recipe_names()
+    assert load_recipe("demo").name == "demo"
+    assert {name.partition("-")[0] for name in evaluation_names()} == {"video"}
+    assert find_holder(str(tmp_path)) is None
+    assert find_picture(b"no video") is None
+    (warning,) = caplog.messages
+    assert re.match(f"left out: the plug-in broken {message}", warning)
+    for named in (lambda: parse_recipe("", {"task": "broken"}), lambda: find_plugin("broken")):
+        with pytest.raises(UniclError, match=f"the plug-in broken {message}"):
+            named()
+    with pytest.raises(UniclError, match=message):
+        split_evaluation("broken-zero-shot")
 
 
 def test_asking_for_recipes_imports_no_torch() -> None:

@@ -270,12 +270,10 @@ def test_a_plugin_shows_its_own_medium(monkeypatch: pytest.MonkeyPatch) -> None:
     target = io.BytesIO()
     Image.new("RGB", (40, 20), (200, 10, 10)).save(target, "PNG")
 
-    class Shown:
-        def picture(self, encoded: bytes) -> bytes | None:
-            return target.getvalue() if encoded == b"a clip" else None
+    def find_picture(encoded: bytes) -> bytes | None:
+        return target.getvalue() if encoded == b"a clip" else None
 
-    monkeypatch.setattr("unicl.evaluation.page.plugin_names", lambda: ("none", "own"))
-    monkeypatch.setattr("unicl.evaluation.page.find_plugin", lambda name: Shown())
+    monkeypatch.setattr("unicl.evaluation.page.find_picture", find_picture)
     with Image.open(io.BytesIO(thumbnail(b"a clip", side=20))) as shown:
         assert shown.size == (20, 10)
     assert thumbnail(target.getvalue(), side=20) == thumbnail(b"a clip", side=20)
