@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unicl.config.plugins import PRETRAINING, recipe_class, working_plugins
+from unicl.config.plugins import PRETRAINING, recipe_class, warn_once, working_plugins
 from unicl.config.schema import Recipe
 from unicl.errors import UsageError
 
@@ -25,10 +25,25 @@ def recipe_names() -> list[str]:
 
 
 def _shipped() -> dict[str, Traversable]:
-    folders = [resources.files("unicl.config") / "recipes"]
-    folders += [plugin.recipes for plugin in working_plugins()]
-    files = (file for folder in folders for file in folder.iterdir())
-    return {f.name.removesuffix(".toml"): f for f in files if f.name.endswith(".toml")}
+    """Find the recipes by name; a name that is taken stays whose it is, the package's first."""
+    shipped = _recipes_in(resources.files("unicl.config") / "recipes")
+    for plugin in working_plugins():
+        try:
+            own = _recipes_in(plugin.recipes)
+        except OSError as error:
+            warn_once(f"left out: the recipes of plug-in {plugin.name} cannot be read: {error}")
+            continue
+        for name in sorted(own.keys() & shipped):
+            warn_once(
+                f"left out: the recipe {name} of plug-in {plugin.name}; there is {shipped[name]}"
+            )
+        shipped = {**own, **shipped}
+    return shipped
+
+
+def _recipes_in(folder: Traversable) -> dict[str, Traversable]:
+    files = (file for file in folder.iterdir() if file.name.endswith(".toml"))
+    return {file.name.removesuffix(".toml"): file for file in files}
 
 
 def load_recipe(recipe: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:

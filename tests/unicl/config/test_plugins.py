@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+from copy import copy
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -130,6 +131,30 @@ def test_one_that_is_broken_is_left_out_until_it_is_named(
             named()
     with pytest.raises(UniclError, match=message):
         split_evaluation("broken-zero-shot")
+
+
+def test_a_recipe_takes_no_name_that_is_another_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {name: load_recipe(name) for name in ("demo", "video_classes")}
+    for name in (*before, "own"):
+        (tmp_path / f"{name}.toml").write_text('name = "of the other plug-in"')
+    other = copy(find_plugin("video"))
+    other.name, other.recipes = "zzz", tmp_path
+    gone = copy(other)
+    gone.name, gone.recipes = "gone", tmp_path / "nowhere"
+    (tmp_path / "other_plugins.py").write_text("plugin = gone = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("other_plugins.plugin", other)
+    monkeypatch.setattr("other_plugins.gone", gone)
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)
+    _install(monkeypatch, zzz="other_plugins:plugin", gone="other_plugins:gone")
+    for name, recipe in before.items():
+        assert load_recipe(name) == recipe
+    assert load_recipe("own").name == "of the other plug-in"
+    told = [message.partition(";")[0] for message in caplog.messages]
+    assert told[0].startswith("left out: the recipes of plug-in gone cannot be read: ")
+    assert told[1:] == [f"left out: the recipe {name} of plug-in zzz" for name in before]
 
 
 def test_asking_for_recipes_imports_no_torch() -> None:
