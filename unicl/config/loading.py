@@ -186,7 +186,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             raise UsageError(f"{key} must be one of {options}; got {value!r}")
         return chosen[0]
     if origin is tuple:
-        parts = value.strip("[]() ").split(",") if isinstance(value, _Override) else value
+        parts = _split(value) if isinstance(value, _Override) else value
         if args[-1] is Ellipsis and isinstance(parts, list | tuple):
             args = args[:1] * len(parts)
         if not isinstance(parts, list | tuple) or len(parts) != len(args):
@@ -200,6 +200,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if type(value) is not hint:
         raise UsageError(f"{key} must be {_article(hint)}, got {value!r}")
     return value
+
+
+def _split(text: str) -> list[str]:
+    """Part `2,4` or `[2, 4]` into texts; nothing between the brackets is no value."""
+    inner = text.strip("[]() ")
+    return inner.split(",") if inner else []
 
 
 def _from_text(text: str, hint: type, key: str) -> Any:

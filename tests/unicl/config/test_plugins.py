@@ -50,6 +50,16 @@ def test_a_recipe_with_a_section_of_a_plugin_comes_back_unchanged() -> None:
     assert parse_recipe(recipe_to_toml(recipe)) == recipe
 
 
+@pytest.mark.parametrize("nothing", ["", "[]", "( )"])
+def test_values_of_any_number_may_be_none(nothing: str) -> None:
+    text = 'task = "video"\n[video]\ntime_windows = [2, 4]\n'
+    keys = ("video.time_windows", "video.class_names")
+    video = parse_recipe(text, dict.fromkeys(keys, nothing)).video  # type: ignore[attr-defined]
+    assert (video.time_windows, video.class_names) == ((), ())
+    with pytest.raises(UsageError, match="crop_scale must be 2 values"):
+        parse_recipe(text, {"data.crop_scale": nothing})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
