@@ -5,7 +5,7 @@ import pytest
 from adapters.video.files import KNOWN_VIDEO_SETS
 from unicl.data.image_sets import KNOWN_SETS, LINEAR_PROBE_SETS, ZERO_SHOT_SETS
 from unicl.data.image_sets.public import PUBLIC_SETS
-from unicl.evaluation.published import PUBLISHED, published
+from unicl.evaluation.published import PUBLISHED, published, reported_part
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,10 @@ def test_a_set_has_what_is_published_of_it():
             assert set(row.figures) <= {*KNOWN_SETS, *KNOWN_VIDEO_SETS}
         assert row.source
         assert row.protocol
+
+
+def test_figures_are_of_the_part_that_has_labels():
+    sets = {name for row in PUBLISHED for name in row.figures}
+    on_val = {name for name in sets if reported_part(name) == "val"}
+    assert on_val == {"imagenet", "kinetics400", "kinetics600"}
+    assert reported_part("kinetics700") == "val"
