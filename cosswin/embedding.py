@@ -1,6 +1,6 @@
 """Overlapping convolutional embedding, CvT's (arXiv:2103.15808), as stem and between the stages.
 
-Florence 2.3 puts it in place of Swin's patch embedding and patch merging, 3.8 in three dimensions.
+Florence 2.3 puts it in place of Swin's patch embedding and patch merging, 2.6 in three dimensions.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""CoSwin: Swin with convolutional embeddings; Florence's tower for images (2.3) and video (3.8)."""
+"""CoSwin: Swin with convolutional embeddings; Florence's tower for images (2.3) and video (2.6)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast

@@ -1,6 +1,6 @@
 """Carry weights to another window, number of channels or number of dimensions.
 
-Inflation from images to video follows Florence 3.8: kernels are copied along time and divided by
+Inflation from images to video follows Florence 2.6: kernels are copied along time and divided by
 their extent, bias tables are copied along time. State dicts in the layout of the public CoSwin code
 are read. Nothing here opens a file, so nothing is unpickled.
 """

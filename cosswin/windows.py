@@ -1,6 +1,6 @@
 """Windows over a map of any number of dimensions: partition, merge, attention mask, relative index.
 
-Shifted windows of Swin (arXiv:2103.14030, section 3.2); Florence 3.8 uses them in three dimensions.
+Shifted windows of Swin (arXiv:2103.14030, section 3.2); Florence 2.6 uses them in three dimensions.
 Maps are channels-last, `[n, *map, c]`, and a window, a shift, a map size is one integer per axis.
 """
 

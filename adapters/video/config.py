@@ -1,7 +1,7 @@
 """What a recipe of videos says besides: how clips are taken, and what sees them. Imports no torch.
 
-Florence gives neither its frames nor its temporal windows (2.6, 3.8); the defaults are those of
-Video-Swin's recipes, whose 32 frames 3D-CoSwin halves in its first embedding.
+Florence (2.6, 3.8, 3.9) gives neither its frames nor its temporal windows; the defaults are those
+of Video-Swin's recipes, whose 32 frames 3D-CoSwin halves in its first embedding.
 """
 
 from dataclasses import dataclass, field

@@ -30,6 +30,7 @@ _COLUMNS = (
 )
 _ZERO_SHOT = "class names in CLIP's prompt templates, their mean; nothing trained on the set"
 _PROBE = "logistic regression on the frozen image tower, by CLIP's implementation"
+_VIDEO_SECTIONS = "Florence, sections 3.8 and 3.9"
 _RECALLS = ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")
 # The labels of their test parts were kept for contests.
 _REPORTED_ON_VAL = ("imagenet", "kinetics400", "kinetics600", "kinetics700")
@@ -84,7 +85,7 @@ class Published:
     protocol: str
     """How it was done, where one's own way may differ."""
     source: str
-    """The paper and its table."""
+    """The paper and where in it."""
     figures: Figures
     """Percent by set and metric; ranks as they are."""
 
@@ -219,7 +220,7 @@ PUBLISHED = (
         task="retrieval",
         resolution=None,
         protocol="MSR-VTT's 1k-A test split, zero-shot; one caption per video",
-        source="Florence, section 3.9 and table 9",
+        source=_VIDEO_SECTIONS,
         figures={"msrvtt": _text_to_video(37.6, 63.8, 72.6)},
     ),
     Published(
@@ -227,7 +228,7 @@ PUBLISHED = (
         task="retrieval",
         resolution=224,
         protocol="MSR-VTT's 1k-A test split, zero-shot; one caption per video",
-        source="Florence, table 9",
+        source=_VIDEO_SECTIONS,
         figures={"msrvtt": _text_to_video(26.0, 49.4, 60.7)},
     ),
     Published(
@@ -235,7 +236,7 @@ PUBLISHED = (
         task="fine_tune",
         resolution=384,
         protocol="a head on 3D-CoSwin; 30 epochs, label smoothing, RandAugment, drop-path 0.5",
-        source="Florence, section 3.8 and table 8",
+        source=_VIDEO_SECTIONS,
         figures={
             "kinetics400": {"top1": 86.5, "top5": 97.3},
             "kinetics600": {"top1": 87.8, "top5": 97.8},
