@@ -1,7 +1,7 @@
 import pytest
 
 from adapters.video.plugin import plugin
-from unicl.config import parse_recipe
+from unicl.config import load_recipe, parse_recipe
 from unicl.errors import UsageError
 
 
@@ -30,3 +30,17 @@ def test_captions_do_not_follow_a_head() -> None:
     head = parse_recipe("", {"task": "video", "video.targets": "classes"})
     with pytest.raises(UsageError, match="no text tower, which captions need"):
         plugin.follow(parse_recipe("", {"task": "video"}), head)
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "epochs", "warmup_epochs"),
+    [("video_classes", 240_000, 30, 2.5), ("video_captions", 180_000, 5, 0.14)],
+)
+def test_steps_are_the_epochs_that_the_recipe_promises(
+    name: str, samples: int, epochs: int, warmup_epochs: float
+) -> None:
+    recipe = load_recipe(name)
+    assert f"{epochs} epochs" in recipe.description
+    of_an_epoch = samples / recipe.trainer.batch_size
+    assert recipe.trainer.steps / of_an_epoch == pytest.approx(epochs, rel=1e-3)
+    assert recipe.schedule.warmup_steps / of_an_epoch == pytest.approx(warmup_epochs, rel=0.02)
