@@ -7,7 +7,7 @@ of Video-Swin's recipes, whose 32 frames 3D-CoSwin halves in its first embedding
 from dataclasses import dataclass, field
 from typing import Literal
 
-from unicl.config import Recipe
+from unicl.config import Recipe, require_unset
 from unicl.errors import UsageError
 
 READING = ("num_frames", "sampling", "frame_stride", "num_clips", "num_crops")
@@ -19,6 +19,8 @@ TOWER = (
 """What decides the weights of the tower, and what they compute."""
 OF_MODEL = (*READING, *TOWER)
 """What a run takes over from the model that it starts from."""
+
+_OF_3D = ("tube_frames", "tube_stride", "merge_steps", "time_windows", "space_windows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class VideoConfig:
             0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude", "must lie in [0, 30]",
             self.randaugment_magnitude,
         )  # fmt: skip
+        if self.tower == "frames":
+            require_unset(self, "video", "video.tower frames", *_OF_3D)
         if self.targets == "texts":
             _require(not self.class_names, "class_names", "needs targets classes", "names")
             _require(not self.dropout, "dropout", "needs targets classes", self.dropout)

@@ -23,3 +23,4 @@ from unicl.config.schema import Recipe as Recipe
 from unicl.config.schema import ScheduleConfig as ScheduleConfig
 from unicl.config.schema import TextTowerConfig as TextTowerConfig
 from unicl.config.schema import TrainerConfig as TrainerConfig
+from unicl.config.schema import require_unset as require_unset

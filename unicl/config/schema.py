@@ -30,7 +30,7 @@ def _require_not_negative(config: object, section: str, *names: str) -> None:
         _require(value < math.inf, f"{section}.{name} must be finite, got {value}")
 
 
-def _require_unset(config: object, section: str, where: str, *names: str) -> None:
+def require_unset(config: object, section: str, where: str, *names: str) -> None:
     """Refuse settings that have no effect."""
     defaults = {item.name: item.default for item in fields(config)}  # type: ignore[arg-type]
     for name in names:
@@ -72,7 +72,7 @@ class ImageTowerConfig:
             f"image_tower.drop_path_rate must lie in [0, 1), got {self.drop_path_rate}",
         )
         if self.locked:
-            _require_unset(self, "image_tower", "a locked tower", "drop_path_rate", "checkpointing")
+            require_unset(self, "image_tower", "a locked tower", "drop_path_rate", "checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class TextTowerConfig:
             f"text_tower.context_length must be at least 3, got {self.context_length}",
         )
         if self.locked:
-            _require_unset(self, "text_tower", "a locked tower", "checkpointing")
+            require_unset(self, "text_tower", "a locked tower", "checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +390,7 @@ class Recipe:
                 config = getattr(self, tower)
                 free = {"checkpointing", "locked", "image_size", "context_length"}
                 names = [item.name for item in fields(config) if item.name not in free]
-                _require_unset(config, tower, "a `model` of open_clip", *names)
+                require_unset(config, tower, "a `model` of open_clip", *names)
         _require(
             not (self.image_tower.locked and self.text_tower.locked),
             "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
@@ -402,9 +402,9 @@ class Recipe:
         )
         for tower in ("image", "text"):
             if getattr(self, f"{tower}_tower").locked:
-                _require_unset(self.optimizer, "optimizer", "a locked tower", f"{tower}_rate")
+                require_unset(self.optimizer, "optimizer", "a locked tower", f"{tower}_rate")
         if self.weights is not None:
-            _require_unset(self.image_tower, "image_tower", "a run with `weights`", "weights")
+            require_unset(self.image_tower, "image_tower", "a run with `weights`", "weights")
         _require(
             not self.image_tower.locked
             or bool(self.model or self.weights or self.image_tower.weights),

@@ -14,6 +14,19 @@ from unicl.errors import UsageError
             "puts a head on a tower that is built here, not on open_clip:RN50; .* to texts",
         ),
         ({"image_tower.model": "resnet18"}, "3d inflates a CoSwin only, .* resnet18"),
+        *(
+            (
+                {"video.tower": "frames", f"video.{name}": value},
+                f"video.{name} has no effect on video.tower frames; leave it out",
+            )
+            for name, value in (
+                ("tube_frames", "4"),
+                ("tube_stride", "1"),
+                ("merge_steps", "1"),
+                ("time_windows", "2,4"),
+                ("space_windows", "7"),
+            )
+        ),
         ({"video.class_names": "a,b"}, "class_names needs targets classes"),
         ({"video.dropout": "0.1"}, "dropout needs targets classes"),
         ({"video.label_smoothing": "1"}, r"label_smoothing must lie in \[0, 1\), got 1"),
