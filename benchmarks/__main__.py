@@ -18,7 +18,10 @@ from benchmarks.table import write_table
 from unicl.errors import UniclError, UsageError
 
 # Only when asked for: what takes many minutes, or a machine of its own.
-_NOT_IN_ALL = ("zero_shot", "linear_probe", "retrieval", "search", "demo", "gpu")
+_NOT_IN_ALL = (
+    *("coswin3d", "inflation", "zero_shot", "linear_probe", "retrieval", "search"),
+    *("demo", "gpu"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

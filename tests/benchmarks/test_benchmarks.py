@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import NAMES, captions
-from benchmarks.__main__ import main, question
+from benchmarks.__main__ import _NOT_IN_ALL, main, question
+from benchmarks.harness import ROOT
 
 
 def run_quick(name: str, folder: Path, *options: str) -> dict:
@@ -15,6 +16,15 @@ def run_quick(name: str, folder: Path, *options: str) -> dict:
     record = json.loads((folder / f"{name}.json").read_text())
     assert record["quick"] is True
     return record
+
+
+def test_the_readme_says_what_all_leaves_out():
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    of_all, below = readme.split("python -m benchmarks all ")[1].split("```")[0].split("\n", 1)
+    named = [line.split()[3] for line in below.splitlines()]
+    assert "all but those below" in of_all
+    assert sorted(named) == sorted([*_NOT_IN_ALL, "table"])
+    assert "inflation" in named
 
 
 @pytest.mark.slow
