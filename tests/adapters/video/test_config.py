@@ -57,3 +57,22 @@ def test_steps_are_the_epochs_that_the_recipe_promises(
     of_an_epoch = samples / recipe.trainer.batch_size
     assert recipe.trainer.steps / of_an_epoch == pytest.approx(epochs, rel=1e-3)
     assert recipe.schedule.warmup_steps / of_an_epoch == pytest.approx(warmup_epochs, rel=0.02)
+
+
+def test_a_run_hands_on_its_clips_and_tower_but_not_its_training() -> None:
+    keys = {"video.num_frames": "4", "video.tube_stride": "1"}
+    captions = load_recipe("video_captions", keys)
+    followed = plugin.follow(load_recipe("video_classes"), captions).video
+    assert (followed.num_frames, followed.tube_stride, followed.sampling) == (4, 1, "uniform")
+    assert (followed.targets, followed.randaugment_ops) == ("classes", 2)
+
+
+def test_a_model_of_open_clip_learns_names_at_its_own_rate() -> None:
+    recipe = load_recipe("video_classes")
+    for towers in (
+        parse_recipe("", {"model": "open_clip:RN50"}),
+        parse_recipe("", {"task": "video", "model": "open_clip:RN50", "video.tower": "frames"}),
+    ):
+        followed = plugin.follow(recipe, towers)
+        assert (followed.video.tower, followed.video.targets) == ("frames", "texts")
+        assert (followed.optimizer.layer_decay, followed.optimizer.learning_rate) == (1.0, 2e-5)

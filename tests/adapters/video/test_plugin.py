@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adapters.video.sets import open_video_set
 from tests.adapters.video.layouts import msr_vtt
 from unicl.cli import main
+from unicl.config import find_plugin
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.page import thumbnail
 from unicl.evaluation.results import read_results
+from unicl.fine_tuning import fine_tuning_recipe
 from unicl.predictor import Predictor
 
 QUIET = ("--device", "cpu", "--workers", "0", "--cache", "none")
@@ -64,6 +67,42 @@ def test_recognition(tmp_path):
     result = evaluated("head", "video-recognition", "classes", tmp_path)
     assert result.protocol["num_classes"] == 6
     assert 0 <= result.metrics["top1"] <= result.metrics["top5"] <= 1
+
+
+def test_other_views_are_another_result(tmp_path):
+    evaluated("image", "video-zero-shot", "classes", tmp_path)
+    for words in (("--video.num_clips", "2"), ("--video.tower", "3d")):
+        main(
+            ["eval", "image", "video-zero-shot", "classes", "--out", str(tmp_path), *QUIET, *words]
+        )
+    marks = {result.protocol.get("mark") for result in read_results(tmp_path)}
+    assert marks == {None, "video.num_clips=2", "video.tower=3d"}
+
+
+def test_a_head_names_videos_by_its_own_classes(capsys, tmp_path):
+    clips = sorted(Path("classes/test").glob("*/*.mp4"))[:2]
+    head = Predictor.load("head", device="cpu")
+    for guesses in head.classify(clips, top_k=6):
+        assert {name for name, _ in guesses} == set(head.classes)
+        assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
+        assert guesses == sorted(guesses, key=lambda guess: -guess[1])
+    with pytest.raises(UsageError, match="names of its own; give none"):
+        head.classify(clips, ["growing"])
+    with pytest.raises(UsageError, match="probabilities and no embeddings"):
+        head.embed_images(clips)
+    assert "no embeddings" in refused(capsys, "embed", "head", "classes", "--out", str(tmp_path))
+
+
+def test_a_model_inflated_on_the_spot_is_not_indexed(capsys, tmp_path):
+    words = ["embed", "image", "classes", "--out", str(tmp_path), "--video.tower", "3d"]
+    assert "video.tower=3d makes another model of image" in refused(capsys, *words)
+
+
+def test_training_takes_the_recipe_s_drop_path():
+    training = open_video_set("classes", split="train", root=Path())
+    for model, rate in (("image", 0.5), ("texts", 0.5)):
+        recipe = fine_tuning_recipe(model, training, Path("classes"), {}, find_plugin("video"))
+        assert recipe.image_tower.drop_path_rate == rate
 
 
 @pytest.mark.parametrize("model", ["image", "head"])
@@ -185,7 +224,7 @@ def test_what_a_predictor_cannot_read(tmp_path):
         ("head video-recognition clips", "does not know 12 of the 12 classes of clips"),
         ("head zero-shot images", "no text tower"),
         ("texts zero-shot classes", "holds no images"),
-        ("image zero-shot clips", "no image that can be read"),
+        ("image zero-shot clips", "no sample that can be read"),
         ("texts video-zero-shot classes --video.tower 3d", "video.tower has no effect here"),
         ("texts video-zero-shot classes --video.num_clip 3", "did you mean video.num_clips"),
         ("texts zero-shot images --video.num_clips 3", "key of fine-tune's recipe only"),

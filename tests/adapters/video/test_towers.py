@@ -57,6 +57,14 @@ def test_both_models_share_all_weights() -> None:
     assert not video.training
 
 
+def test_a_locked_tower_stays_locked() -> None:
+    model = image_model()
+    model.lock("image")
+    video = VideoTwoTower.of(model, view_dims=3).train()
+    assert not video.image.training
+    assert video.text.training
+
+
 def test_clips_have_views_or_none() -> None:
     model = VideoTwoTower(clip_tower(), nn.Identity(), view_dims=4).eval()
     clips = videos(2, 3, 3, 4, 32, 32)

@@ -44,6 +44,7 @@ def test_results_of_different_things_stay_side_by_side(tmp_path: Path) -> None:
     ]
     results = [replace(RESULT, dataset=name) for name in names]
     results.append(replace(RESULT, protocol={"split": "val"}))
+    results.append(replace(RESULT, protocol={"mark": "video.num_clips=4, video.num_crops=3"}))
     results += [PROBE, replace(PROBE, protocol={"probe": "mine.safetensors"})]
     results.append(replace(PROBE, protocol={"probe": "other.safetensors"}))
     paths = [save_result(tmp_path, result) for result in results]
