@@ -12,6 +12,7 @@ import torch
 from adapters.video.action import ActionRecognition, Recognition
 from adapters.video.clips import ClipSampling, TrainClipDecoder
 from adapters.video.config import VideoRecipe
+from adapters.video.files import refuse_pictures
 from adapters.video.pretrained import FramesDecoder, build_model, eval_decoder, view_dims
 from adapters.video.sets import open_video_samples
 from adapters.video.towers import VideoClassifier
@@ -101,7 +102,9 @@ def build(recipe: VideoRecipe, ranks: Ranks, *, start: bool) -> Parts:
 def open_samples(path: Path, *, split: str) -> TextSamples:
     """Open prepared shards, or part of a set of videos; all of a set that has no parts."""
     if (path / DATASET_FILE).is_file():
-        return open_shards(path)
+        shards = open_shards(path)
+        refuse_pictures(shards.first_tar)
+        return shards
     return open_video_samples(str(path), split=split, root=Path("data"))
 
 

@@ -8,8 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 from adapters.video.annotations import find_annotations
-from unicl.data.shard_index import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, tar_samples
-from unicl.errors import UniclError
+from unicl.data.shard_index import (
+    IMAGE_EXTENSIONS,
+    MEDIA_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    tar_samples,
+)
+from unicl.errors import UniclError, UsageError
 
 KNOWN_VIDEO_SETS = ("kinetics400", "kinetics600", "kinetics700", "msrvtt")
 """The sets that have a name of their own, which is that of their folder."""
@@ -88,15 +93,30 @@ def _mostly_videos(folder: Path) -> bool:
         if videos or images:
             return videos > images
         if "tar" in extensions:
-            return _begins_with_video(Path(place, names[extensions.index("tar")]))
+            found = _first_media(Path(place, names[extensions.index("tar")]))
+            return bool(found) and found.isdisjoint(IMAGE_EXTENSIONS)
     return False
 
 
-def _begins_with_video(tar: Path) -> bool:
+def refuse_pictures(tar: Path) -> None:
+    """Refuse clips that have pictures beside them in their tar, by its first sample.
+
+    Raises:
+        UsageError: It has both, of which the picture would be taken.
+    """
+    found = _first_media(tar)
+    if found.intersection(IMAGE_EXTENSIONS) and found.intersection(VIDEO_EXTENSIONS):
+        raise UsageError(
+            f"{tar} has pictures beside its clips ({' and '.join(sorted(found))}), and pictures "
+            "are taken first; take them out and prepare the folder again"
+        )
+
+
+def _first_media(tar: Path) -> set[str]:
     with suppress(UniclError):  # who opens it will say what is wrong with it
-        sample = next(tar_samples(tar), None)
-        return sample is not None and any(name in VIDEO_EXTENSIONS for name in sample[1])
-    return False
+        if (sample := next(tar_samples(tar), None)) is not None:
+            return set(sample[1]).intersection(MEDIA_EXTENSIONS)
+    return set()
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -22,7 +22,12 @@ from adapters.video.annotations import (
     find_annotations,
     split_of,
 )
-from adapters.video.files import FILE_EXTENSIONS, KNOWN_VIDEO_SETS, find_videos
+from adapters.video.files import (
+    FILE_EXTENSIONS,
+    KNOWN_VIDEO_SETS,
+    find_videos,
+    refuse_pictures,
+)
 from unicl.data.atomic import atomic_file
 from unicl.data.image_sets import CaptionSet, ClassificationSet, ImageSet, MissingSetError
 from unicl.data.image_sets.class_folder import (
@@ -34,7 +39,7 @@ from unicl.data.image_sets.class_folder import (
     read_templates,
 )
 from unicl.data.image_sets.image_set import choose_split, require_whole
-from unicl.data.image_sets.images import ImageFiles
+from unicl.data.image_sets.images import ImageFiles, TarImages
 from unicl.data.image_sets.prepared import open_prepared, prepared_parts
 from unicl.data.image_sets.samples import SetSamples
 from unicl.data.image_sets.webdataset import is_webdataset, open_webdataset
@@ -90,12 +95,14 @@ def open_video_set(
     A video that the annotations name and that is not there is skipped as "missing file".
 
     Raises:
-        UsageError: There is no such set or split, none of its videos is there, or it is of the
-            other kind.
+        UsageError: There is no such set or split, none of its videos is there, it is of the other
+            kind, or its tars hold pictures, too.
         UniclError: The annotations are damaged.
     """
     path = _locate(spec, root)
     opened = _open(path, split, kind)
+    if isinstance(opened.images, TarImages):
+        refuse_pictures(opened.images.shards.first_tar)
     opened = replace(opened, name=spec if spec in KNOWN_VIDEO_SETS else _own_name(opened.name))
     found = "captions" if isinstance(opened, CaptionSet) else "classes"
     if kind not in (None, found):

@@ -33,9 +33,8 @@ VIDEO_EXTENSIONS = (
     "ogv",
     "ts",
 )
-# Of a sample with several, the first counts: a clip may have a picture beside it, as video2dataset
-# writes them.
-MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+# Of a sample with several, the first counts: of a clip with a picture beside it, the picture.
+MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 TEXT_EXTENSION = "txt"
 MISSING = (0, -1)
 DATASET_FILE = "dataset.json"

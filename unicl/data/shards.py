@@ -96,6 +96,11 @@ class ShardSet:
             raise UniclError(f"{problems[0]} ({len(problems)} of {len(shards)} shards are damaged)")
         return shard_set
 
+    @property
+    def first_tar(self) -> Path:
+        """Path of the first tar."""
+        return self.folder / self.shard_names[0]
+
     def problems(self, *, indices: bool = True) -> list[str]:
         """Return one line per damaged shard.
 

@@ -6,11 +6,13 @@ import av
 import numpy as np
 import pytest
 
+from adapters.video.building import open_samples
+from adapters.video.files import holds_videos
 from adapters.video.sets import VIDEO_TEMPLATES, open_video_set, open_videos, write_list
 from tests.adapters.video.layouts import KINETICS, files, lines, msr_vtt
 from unicl.data.image_sets import CaptionSet, ClassificationSet, MissingSetError
 from unicl.data.image_sets.images import TarImages
-from unicl.data.shards import index_shards
+from unicl.data.shards import ShardSet, index_shards
 from unicl.errors import UsageError
 from unicl.evaluator import Options, evaluate
 
@@ -277,11 +279,8 @@ def shade(encoded):
 
 
 def test_tars_of_clips(tmp_path):
-    # As video2dataset writes them: a clip, its caption, perhaps a thumbnail.
-    tar(
-        tmp_path / "0.tar",
-        {"1.jpg": b"thumb", "1.mp4": clip(40), "1.txt": b"dark", "2.mp4": clip(200)},
-    )
+    # As video2dataset writes them: a clip and its caption.
+    tar(tmp_path / "0.tar", {"1.mp4": clip(40), "1.txt": b"dark", "2.mp4": clip(200)})
     tar(tmp_path / "1.tar", {"3.mp4": clip(200), "3.txt": b"bright"})
     with pytest.raises(UsageError, match=r"has tars and no index; write it with: unicl prepare"):
         opened(tmp_path)
@@ -297,6 +296,18 @@ def test_tars_of_clips(tmp_path):
     assert (classes.templates, classes.short_text_words) == (VIDEO_TEMPLATES, None)
     with pytest.raises(UsageError, match="lie in tars"):
         write_list(classes, tmp_path / "list.txt")
+
+
+def test_clips_with_pictures_beside_them_are_images(tmp_path):
+    tar(tmp_path / "0.tar", {"1.mp4": clip(40), "1.jpg": b"picture", "1.txt": b"dark"})
+    assert not holds_videos(str(tmp_path))
+    index_shards(tmp_path)
+    assert ShardSet.open(tmp_path).read(0).image == b"picture"
+    told = r"0\.tar has pictures beside its clips \(jpg and mp4\), and pictures are taken first"
+    with pytest.raises(UsageError, match=told):
+        opened(tmp_path)
+    with pytest.raises(UsageError, match=told):
+        open_samples(tmp_path, split="train")
 
 
 def test_tars_of_clip_benchmark(tmp_path):

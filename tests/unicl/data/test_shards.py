@@ -155,7 +155,7 @@ def test_finished_shards_are_not_overwritten(tmp_path):
         ("", "jpg", "is empty"),
         ("folder.1/", "jpg", "is empty"),
         ("a\0", "jpg", "is empty or"),
-        ("a", "txt", "extension 'txt' of 'a' is not one of: mp4"),
+        ("a", "txt", "extension 'txt' of 'a' is not one of: jpg"),
         ("x" * 300, "jpg", "too long"),
     ],
 )
