@@ -103,7 +103,10 @@ def open_video_set(
     opened = _open(path, split, kind)
     if isinstance(opened.images, TarImages):
         refuse_pictures(opened.images.shards.first_tar)
-    opened = replace(opened, name=spec if spec in KNOWN_VIDEO_SETS else _own_name(opened.name))
+    if spec in KNOWN_VIDEO_SETS:
+        opened = replace(opened, name=spec, where=path.absolute())
+    else:
+        opened = replace(opened, name=_own_name(opened.name))
     found = "captions" if isinstance(opened, CaptionSet) else "classes"
     if kind not in (None, found):
         raise UsageError(f"{spec} has {found}, but {kind} are needed; choose another set")

@@ -103,6 +103,9 @@ def test_kinetics(tmp_path, said):
     kinetics(tmp_path / "kinetics400")
     train = open_video_set("kinetics400", split="train", root=tmp_path)
     assert str(train) == "kinetics400 (train)"
+    assert train.where == tmp_path / "kinetics400"
+    again = opened(train.where, "train")
+    assert (named(again), again.where) == (named(train), None)
     assert train.class_names == ("air drumming", "archery", "yoga", "zumba")
     assert named(train) == {
         "train/archery/AAA_000005_000015.mp4": "archery",

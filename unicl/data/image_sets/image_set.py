@@ -41,6 +41,8 @@ class ImageSet:
     """The images, in a fixed order."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Samples that lie in the set but cannot be evaluated on, counted by reason."""
+    where: Path | None = None
+    """What opens it again from anywhere, where it was opened by the name of a known set."""
 
     def __post_init__(self) -> None:
         if not self.images.num_samples:
