@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ _FREE_ON_RESUME = {
 }
 
 _PROBLEMS_SHOWN = 3
+_DIGEST_FILE = "data.digest"
 
 
 @runtime_checkable
@@ -89,6 +90,9 @@ class TextSamples(SampleSet, Protocol):
 
     def table(self) -> TextHashTable:
         """Return the text hash table."""
+
+    def digest(self) -> str:
+        """Return hexadecimal digits that change with the samples or their order."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,8 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         ranks.together(lambda: _check_free(folder, recipe))
         # Built before anything is written: a mistake in the recipe must not occupy the folder.
         trainer = ranks.together(lambda: build_trainer(recipe, folder, ranks))
-        ranks.together(lambda: _claim(folder, recipe) if ranks.first else None)
+        digest = ranks.together(lambda: _check_data(folder, recipe, trainer))
+        ranks.together(lambda: _claim(folder, recipe, digest) if ranks.first else None)
         return trainer.fit()
 
 
@@ -371,7 +376,23 @@ def _check_free(folder: Path, recipe: Recipe) -> None:
         raise UsageError(f"{folder} is a file; choose another --out")
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _check_data(folder: Path, recipe: Recipe, trainer: Trainer) -> str:
+    """Check that a run goes on with the samples that it began with, and return their digest.
+
+    Its place in the data is a number, which would mean another sample.
+    """
+    samples: TextSamples = cast(Any, trainer.loader).samples
+    digest = samples.digest()
+    path = folder / _DIGEST_FILE
+    if checkpoints(folder / "checkpoints") and path.exists() and path.read_text() != digest:
+        raise UsageError(
+            f"{recipe.data.train} has other samples than {folder} was trained on; bring those "
+            "back, or choose another --out"
+        )
+    return digest
+
+
+def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
     """Write the recipe into the folder; what is free to change may have changed."""
     path = folder / "recipe.toml"
     try:
@@ -380,6 +401,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         raise write_error(folder, error) from error
     with atomic_file(path) as file:
         file.write(recipe_to_toml(recipe).encode())
+    with atomic_file(folder / _DIGEST_FILE) as file:
+        file.write(digest.encode())
 
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """From a recipe to a trained, reloaded model on real shards."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,21 @@ def test_a_folder_of_another_recipe_is_left_alone(corpus, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="not empty and not a run"):
         train(recipe_for(corpus), tmp_path / "other")
+
+
+def test_a_run_does_not_go_on_with_other_shards(corpus, tmp_path):
+    write_corpus(tmp_path / "data", num_samples=12)
+    recipe = recipe_for(corpus, data__train=str(tmp_path / "data"), trainer__steps="2")
+    train(recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "data")
+    write_corpus(tmp_path / "data", num_samples=12)  # writes the same bytes again
+    assert train(recipe, tmp_path / "run").step == 2
+    shutil.rmtree(tmp_path / "data")
+    write_corpus(tmp_path / "data", num_samples=11)
+    with pytest.raises(UsageError, match=r"data has other samples than .*run was trained on; "):
+        train(recipe, tmp_path / "run")
+    (tmp_path / "run/data.digest").unlink()  # of a run from before it was kept
+    assert train(recipe, tmp_path / "run").step == 2
 
 
 @pytest.mark.parametrize(

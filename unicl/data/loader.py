@@ -193,6 +193,7 @@ class Loader:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
         if num_workers < 0:
             raise UsageError(f"data.num_workers must not be negative, got {num_workers}")
+        self.samples = samples
         self._reader = Reader(samples, order, decode, tokenize, prompts, seed)
         self.batch_size = batch_size
         self.num_workers = num_workers

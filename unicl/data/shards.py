@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -95,6 +96,11 @@ class ShardSet:
         if strict and (problems := shard_set.problems()):
             raise UniclError(f"{problems[0]} ({len(problems)} of {len(shards)} shards are damaged)")
         return shard_set
+
+    def digest(self) -> str:
+        """Return a digest of the tars' names, sizes and numbers of samples as written."""
+        shards = zip(self.shard_names, self._num_bytes, self.shard_sizes.tolist(), strict=True)
+        return blake2b(repr(list(shards)).encode(), digest_size=16).hexdigest()
 
     @property
     def first_tar(self) -> Path:

@@ -101,6 +101,19 @@ def test_a_run_that_is_cut_ends_as_a_whole_one(corpus, tmp_path, recipe_of):
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
+def test_a_run_does_not_go_on_with_other_videos(corpus, tmp_path):
+    data = tmp_path / "classes"
+    shutil.copytree(corpus / "classes", data)
+    recipe = head_recipe(corpus, data__train=str(data))
+    train(recipe, tmp_path / "run")
+    first = next((data / "train").glob("*/*.mp4"))
+    gone = first.rename(tmp_path / "gone.mp4")
+    with pytest.raises(UsageError, match=r"classes has other samples than .*run was trained on; "):
+        train(recipe, tmp_path / "run")
+    shutil.copy(gone, first)  # the same again, with another time
+    assert train(recipe, tmp_path / "run").step == 2
+
+
 @BOTH
 def test_workers_do_not_change_the_batches(corpus, recipe_of):
     found = []

@@ -2,6 +2,7 @@ import io
 import itertools
 import logging
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -175,6 +176,22 @@ def test_defects_are_counted_and_named(captioned, caplog, monkeypatch):
     assert "3 of them in all/video1.mp4, such as sample number" in caplog.messages[-1]
     with pytest.raises(UniclError, match="4 of 7 samples were skipped"):
         list(make_loader(samples).epoch())
+
+
+def test_the_digest_is_of_files_and_texts(captioned, tmp_path_factory):
+    def digest(folder):
+        return open_video_samples(str(folder), split="train", root=folder).digest()
+
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(captioned, copy, dirs_exist_ok=True)
+    picture(copy / "all/video0.mp4", 99)  # neither contents nor times are looked at
+    before = digest(captioned)
+    assert digest(copy) == before
+    (copy / "all/video1.mp4").rename(copy / "all/video9.mp4")
+    without = digest(copy)
+    data = captioned / "MSRVTT_data.json"
+    data.write_text(data.read_text().replace("alone", "lonely"))
+    assert len({before, without, digest(captioned)}) == 3
 
 
 def test_what_the_set_lacks_is_told(captioned, monkeypatch, caplog):

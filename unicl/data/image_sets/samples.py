@@ -5,6 +5,7 @@ copies of the video.
 """
 
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 from jaxtyping import Int64
@@ -40,6 +41,13 @@ class SetSamples:
     def shard_sizes(self) -> Int64[np.ndarray, " 1"]:
         """Number of samples, as of a single shard: files need no order of reading."""
         return np.array([self.num_samples], np.int64)
+
+    def digest(self) -> str:
+        """Return a digest of the samples' files and texts, in order; contents and times are not."""
+        digest = blake2b(digest_size=16)
+        for row in range(self.images.num_samples):
+            digest.update(repr((self.images.locate(row), self._texts(row))).encode())
+        return digest.hexdigest()
 
     def table(self) -> TextHashTable:
         """Return the text hash table of all samples."""
@@ -79,6 +87,9 @@ class SetSamples:
         return row, index - int(self._ends[row - 1] if row else 0)
 
     def _text(self, row: int, turn: int) -> str:
+        return self._texts(row)[turn]
+
+    def _texts(self, row: int) -> tuple[str, ...]:
         if isinstance(self.images, CaptionSet):
-            return self.images.captions[row][turn]
-        return self.images.class_names[int(self.images.targets[row])]
+            return self.images.captions[row]
+        return (self.images.class_names[int(self.images.targets[row])],)
