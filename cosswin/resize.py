@@ -7,6 +7,7 @@ are read. Nothing here opens a file, so nothing is unpickled.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cosswin.attention import WindowAttention
+
+MoreChannels = Literal["repeat", "zero"]
 
 _STEM = "patch_embed.proj.weight"
 _TABLE = "relative_position_bias_table"
@@ -55,15 +58,19 @@ def inflate_kernel(
 
 
 def adapt_channels(
-    weight: Float[Tensor, "c_out c_in *kernel"], *, in_chans: int
+    weight: Float[Tensor, "c_out c_in *kernel"], *, in_chans: int, more: MoreChannels = "repeat"
 ) -> Float[Tensor, "c_out new_c_in *kernel"]:
-    """Carry the stem's kernel to another number of input channels, by timm's rule.
+    """Carry the stem's kernel to another number of input channels.
 
-    One channel gets the sum; more channels repeat the old ones, scaled to keep the response.
+    By timm's rule one channel gets the sum, and more channels repeat the old ones, scaled to keep
+    the response. With `more="zero"` those that are added have no effect until they are trained.
     """
     old = weight.shape[1]
     if in_chans == old:
         return weight
+    if in_chans > old and more == "zero":
+        zeros = weight.new_zeros(len(weight), in_chans - old, *weight.shape[2:])
+        return torch.cat([weight, zeros], dim=1)
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
     index = torch.arange(in_chans, device=weight.device) % old
@@ -75,6 +82,7 @@ def carry_weights(
     model: nn.Module,
     *,
     window_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    more_channels: MoreChannels = "repeat",
 ) -> dict[str, Tensor]:
     """Return the weights of any CoSwin in the shapes and names of `model`.
 
@@ -86,6 +94,8 @@ def carry_weights(
         model: The CoSwin that is to take them; it is not changed.
         window_size: The window that the weights were trained with, or one for each stage; needed
             where a table's length does not tell.
+        more_channels: Whether input channels that the model has besides repeat those of the
+            weights, as timm does, or start at zero.
 
     Raises:
         ValueError: The weights are of another architecture.
@@ -105,7 +115,9 @@ def carry_weights(
         elif isinstance(module, nn.Conv2d | nn.Conv3d) and f"{name}.weight" in weights:
             key = f"{name}.weight"
             if key == _STEM:
-                weights[key] = adapt_channels(weights[key], in_chans=module.in_channels)
+                weights[key] = adapt_channels(
+                    weights[key], in_chans=module.in_channels, more=more_channels
+                )
             weights[key] = inflate_kernel(weights[key], kernel=tuple(module.kernel_size))
     _take_head(weights, target)
     _check_shapes(weights, target)

@@ -73,6 +73,16 @@ def test_channels_follow_timms_rule(in_chans):
     torch.testing.assert_close(adapt_channels(kernel, in_chans=in_chans), expected)
 
 
+def test_channels_at_zero_change_nothing():
+    source = _model()
+    image, other = torch.randn(2, 3, 40, 40), torch.randn(2, 2, 40, 40)
+    for settings in ({}, VIDEO):
+        model = _load(_model(in_chans=5, **settings), source.state_dict(), more_channels="zero")
+        seen = torch.cat([image, other], dim=1)
+        seen = seen[:, :, None].expand(-1, -1, 4, -1, -1) if settings else seen
+        torch.testing.assert_close(model(seen), source(image), rtol=1e-4, atol=1e-4)
+
+
 def test_grey_images_give_the_features_of_grey_rgb():
     source = _model()
     grey = torch.randn(1, 1, 40, 40)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import cosswin  # also registers coswin_* with timm
+from cosswin.resize import adapt_channels
 from unicl.errors import UniclError, UsageError
 
 # Where a two-tower model has its backbone.
@@ -262,9 +263,11 @@ def read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
 
 
 def _carry(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
-    weights = _with_more_channels(weights, backbone)
+    # What is added to RGB's embedding begins as nothing (Omnivore, Girdhar et al. 2022, adds an
+    # embedding of depth); timm's rule would take weights from RGB and see colours in depth.
     if isinstance(backbone, cosswin.CoSwin):
-        return cosswin.carry_weights(weights, backbone)
+        return cosswin.carry_weights(weights, backbone, more_channels="zero")
+    weights = _with_more_channels(weights, backbone)
     # By timm's convention a family's module says how its weights are carried over.
     carry = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     weights = carry(weights, backbone) if carry else weights
@@ -274,20 +277,15 @@ def _carry(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
 
 
 def _with_more_channels(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
-    """Give an RGB stem's kernel the model's further input channels, at zero.
-
-    What is added to RGB's embedding so begins as nothing (Omnivore, Girdhar et al. 2022, adds an
-    embedding of depth); timm's rule would take weights from RGB and see colours in depth.
-    """
+    """Give an RGB stem's kernel the further input channels of any timm model."""
     stem = backbone.pretrained_cfg.get("first_conv")
     conv = dict(backbone.named_modules()).get(stem)
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d) or conv.in_channels <= 3:
         return weights
     name = f"{stem}.weight"
-    carried = dict(weights)
-    for key, kernel in weights.items():
-        others = conv.in_channels - kernel.shape[1] if kernel.ndim == conv.weight.ndim else 0
-        if (key == name or key.endswith(f".{name}")) and kernel.shape[1] == 3 and others > 0:
-            zeros = kernel.new_zeros(len(kernel), others, *kernel.shape[2:])
-            carried[key] = torch.cat([kernel, zeros], dim=1)
-    return carried
+    return {
+        key: adapt_channels(kernel, in_chans=conv.in_channels, more="zero")
+        if f".{key}".endswith(f".{name}") and kernel.ndim == 4 and kernel.shape[1] == 3
+        else kernel
+        for key, kernel in weights.items()
+    }

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
+from adapters.video.coswin3d import coswin3d
 from unicl.errors import UniclError, UsageError
 from unicl.towers.image import ImageTower, check_image_size
 
@@ -154,6 +155,16 @@ def test_rgb_weights_start_a_tower_of_more_channels(model, whole, tmp_path):
     assert not torch.equal(tower.pool(pixels), rgb.pool(pixels[:, :3]))
     pixels[:, 3] = 0
     torch.testing.assert_close(tower.pool(pixels), rgb.pool(pixels[:, :3]))
+
+
+def test_a_tower_of_clips_follows_the_same_rule_for_more_channels(tmp_path):
+    rgb = small_tower().eval()
+    save_file(rgb.backbone.state_dict(), tmp_path / "weights.safetensors")
+    backbone = coswin3d("coswin_nano", in_chans=4, img_size=32)
+    tower = small_tower(in_chans=4, backbone=backbone, weights=tmp_path / "weights.safetensors")
+    pixels = torch.randint(0, 256, (2, 4, 32, 32), dtype=torch.uint8)
+    clip = pixels[:, :, None].expand(-1, -1, 4, -1, -1)
+    torch.testing.assert_close(tower.eval().pool(clip), rgb.pool(pixels[:, :3]))
 
 
 def test_a_tower_of_more_channels_is_tried_with_as_many():
