@@ -88,6 +88,8 @@ class Published:
     """The paper and where in it."""
     figures: Figures
     """Percent by set and metric; ranks as they are."""
+    views: str | None = None
+    """Clips x crops that a video is seen by; None where the paper does not say."""
 
 
 def published(task: Task, name: str) -> tuple[Published, ...]:
@@ -241,5 +243,6 @@ PUBLISHED = (
             "kinetics400": {"top1": 86.5, "top5": 97.3},
             "kinetics600": {"top1": 87.8, "top5": 97.8},
         },
+        views="4 x 3",
     ),
 )

@@ -105,6 +105,16 @@ def test_differences_are_named(measured: Result, said: str) -> None:
     assert said in differences(page(measured))
 
 
+def test_views_are_compared_with_papers_that_say_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = {"num_frames": 32, "num_clips": 1, "num_crops": 1, "split": "val"}
+    measured = result("fine_tune", "kinetics400", **views)
+    said = "views of a video, clips x crops: ours 1 x 1"
+    assert f"{said}; Florence (CoSwin-H) 4 x 3" in differences(page(measured))
+    silent = tuple(replace(row, views=None) for row in PUBLISHED)
+    monkeypatch.setattr("unicl.evaluation.published.PUBLISHED", silent)
+    assert f"<li>{said}</li>" in page(measured).split("The papers do not say")[1]
+
+
 def test_images_that_were_left_out() -> None:
     fields = vars(result("zero_shot", "cifar10"))
     html = page(Result(**{**fields, "num_images": 9_997, "skipped": {"truncated": 3}}))

@@ -61,10 +61,6 @@ def _views(result: Result) -> str:
     return f"{protocol['num_clips']} x {protocol['num_crops']}" if is_video else ""
 
 
-def _views_of_papers(peer: Published, dataset: str) -> str:
-    return "4 x 3" if dataset.startswith("kinetics") else _NOT_SAID
-
-
 def _shared_captions(result: Result) -> str:
     number = result.protocol.get("shared_captions")
     return f"{number:,}, right for all their images" if number else ""
@@ -107,7 +103,9 @@ _ASPECTS = (
         _looked_up(NUM_TEST_IMAGES),
     ),
     _Aspect("frames of a clip", _recorded("num_frames")),
-    _Aspect("views of a video, clips x crops", _views, _views_of_papers),
+    _Aspect(
+        "views of a video, clips x crops", _views, lambda peer, dataset: peer.views or _NOT_SAID
+    ),
     _Aspect("images left out", lambda result: result.left_out or "none", _always("none")),
     _Aspect("prompt templates", _recorded("templates"), _zero_shot_only("the set's own")),
     _Aspect("number of prompt templates", _recorded("num_templates"), _clip_templates),
