@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from unicl.build import train
-from unicl.config import Plugin, Recipe, load_recipe, parse_recipe, recipe_to_toml
+from unicl.config import PRETRAINING, Plugin, Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.source import SetSource
 from unicl.data.prepare import is_finished, prepare
@@ -107,6 +107,9 @@ def fine_tuning_recipe(
     """Return the paper's recipe with the model's towers, and as many steps as its epochs take.
 
     Where a set is smaller than the paper's batch, the batch is the set.
+
+    Raises:
+        UsageError: the model was trained on another medium.
     """
     if isinstance(training, CaptionSet):
         kind, num_samples = "captions", sum(len(texts) for texts in training.captions)
@@ -115,6 +118,9 @@ def fine_tuning_recipe(
     name, epochs = (_RECIPES if plugin is None else plugin.fine_tuning)[kind]
     model = full_name(model)
     base, towers = load_recipe(name), recipe_of(model)
+    if towers.task not in (PRETRAINING, base.task):
+        medium = "images" if plugin is None else plugin.name
+        raise UsageError(f"{model} was trained on {towers.task}, not on {medium}")
     if plugin is not None:
         base = plugin.follow(base, towers)
     drop_path_rate = towers.image_tower.drop_path_rate

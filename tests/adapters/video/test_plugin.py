@@ -229,6 +229,7 @@ def test_what_a_predictor_cannot_read(tmp_path):
         ("texts video-zero-shot classes --video.num_clip 3", "did you mean video.num_clips"),
         ("texts zero-shot images --video.num_clips 3", "key of fine-tune's recipe only"),
         ("texts video-zero-shot classes --split val", "val"),
+        ("texts fine-tune images", "texts was trained on video, not on images"),
     ],
 )
 def test_mistakes_are_named(words, message, capsys, tmp_path):
