@@ -67,7 +67,7 @@ def fine_tune(
     overrides = {"trainer.device": options.device, **(overrides or {})}
     shards = out / "data"
     if plugin is not None:  # trained on as it lies
-        shards = (Path(data) if Path(data).exists() else options.root / data).resolve()
+        shards = (training.where or Path(data)).resolve()
     recipe = fine_tuning_recipe(model, training, shards, overrides, plugin)
     if plugin is None:
         _prepare_first(training, out)
