@@ -146,7 +146,7 @@ def recognition(
     """
     start = time.perf_counter()
     if not model.classes:
-        raise UsageError(f"{model.name} has no classification head; evaluate it by its zero-shot task")
+        raise UsageError(f"{model.name} has no classification head; ask for its zero-shot task")
     if images.targets.ndim == 2:
         raise UsageError(f"a head names one class per sample; {images} has several")
     numbers = {normalise(name): number for number, name in enumerate(model.classes)}
