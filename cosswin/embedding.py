@@ -3,14 +3,13 @@
 Florence 2.3 puts it in place of Swin's patch embedding and patch merging, 2.6 in three dimensions.
 """
 
-import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+
+_CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvShape(NamedTuple):
@@ -19,45 +18,6 @@ class ConvShape(NamedTuple):
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-
-
-class _Convolution(_ConvNd):
-    """A convolution that on a CPU makes one product of a small map.
-
-    The library's own brings the kernel and its gradient into other layouts, which takes longer than
-    the convolution of few places. A map's columns, each place's inputs in a row, are then smaller
-    than the kernel, and multiply it as it lies. Late maps of short clips are as small.
-    """
-
-    def forward(self, x: Float[Tensor, "n c_in *size"]) -> Float[Tensor, "n c *map"]:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and self._has_few_places(x):
-            return self._multiply_columns(x)
-        return super().forward(x)
-
-    def _has_few_places(self, x: Tensor) -> bool:
-        padding = cast(tuple[int, ...], self.padding)
-        axes = zip(x.shape[2:], padding, self.kernel_size, self.stride, strict=True)
-        places = math.prod((size + 2 * pad - k) // step + 1 for size, pad, k, step in axes)
-        return x.shape[0] * places < self.out_channels
-
-    def _multiply_columns(self, x: Tensor) -> Tensor:
-        sides = [side for pad in cast(tuple[int, ...], self.padding)[::-1] for side in (pad, pad)]
-        columns = F.pad(x, sides).movedim(1, -1)
-        for axis, (kernel, stride) in enumerate(zip(self.kernel_size, self.stride, strict=True)):
-            columns = columns.unfold(axis + 1, kernel, stride)
-        columns = columns.flatten(x.ndim - 1)
-        return F.linear(columns, self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-
-class _Conv2d(_Convolution, nn.Conv2d):
-    pass
-
-
-class _Conv3d(_Convolution, nn.Conv3d):
-    pass
-
-
-_CONVOLUTIONS: dict[int, type[_Conv2d] | type[_Conv3d]] = {2: _Conv2d, 3: _Conv3d}
 
 
 class ConvEmbedding(nn.Module):

@@ -79,31 +79,3 @@ def test_errors_name_the_shapes():
         ConvEmbedding(3, 8, shape=TUBES)(torch.zeros(1, 3, 0, 9, 9))
     with pytest.raises(ValueError, match="2 or 3 numbers"):
         ConvEmbedding(3, 8, shape=ConvShape((7, 7), (4,), (2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("shape", "size"),
-    [
-        (ConvShape((3, 3), (2, 2), (1, 1)), (7, 4)),
-        (ConvShape((7, 7), (4, 4), (2, 2)), (18, 9)),
-        (ConvShape((3, 3, 3), (1, 2, 2), (1, 1, 1)), (3, 5, 6)),
-        (ConvShape((2, 7, 7), (2, 4, 4), (0, 2, 2)), (3, 8, 13)),
-    ],
-)
-def test_few_places_are_the_same_convolution(shape, size, monkeypatch):
-    """Two maps have fewer places than channels come out, a batch of them has more."""
-    torch.manual_seed(2)
-    embedding = ConvEmbedding(5, 40, shape=shape).double()
-    torch.nn.init.normal_(embedding.norm.weight)
-    x = torch.randn(2, 5, *size, dtype=torch.double, requires_grad=True)
-    assert embedding.proj._has_few_places(x)
-    assert not embedding.proj._has_few_places(x.repeat(20, *(1,) * (x.ndim - 1)))
-    results = []
-    for few in (True, False):
-        monkeypatch.setattr(embedding.proj, "_has_few_places", lambda _, few=few: few)
-        out = embedding(x)
-        torch.manual_seed(3)
-        loss = (out * torch.randn_like(out)).sum()
-        results.append((out, *torch.autograd.grad(loss, [x, *embedding.parameters()])))
-    for product, convolution in zip(*results, strict=True):
-        torch.testing.assert_close(product, convolution, rtol=1e-10, atol=1e-10)
