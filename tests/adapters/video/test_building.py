@@ -146,7 +146,9 @@ def check_engines(recipes, ranks):
     deepspeed = EngineConfig(backend="deepspeed", zero_stage=2)
     for recipe in recipes:
         loss, metrics, gradients = gradients_of(recipe, ALONE)
-        for engine, chunks in ((recipe.engine, 3), (deepspeed, 1)):
+        # Of texts the core's own tests compare every engine.
+        zero = [(deepspeed, 1)] if recipe.video.targets == "classes" else []
+        for engine, chunks in ((recipe.engine, 3), *zero):
             found = gradients_of(replace(recipe, engine=engine), ranks, chunks=chunks)
             torch.testing.assert_close(found[0], loss, rtol=1e-5, atol=1e-5)
             assert found[1].keys() == metrics.keys()
