@@ -93,8 +93,11 @@ def _build_open_clip(recipe: Recipe, name: str, *, start: bool) -> TwoTower:
     return model
 
 
-def build_image_tower(recipe: Recipe, *, start: bool = True) -> ImageTower:
-    """Build a recipe's image tower; `start` loads its own weights to start from."""
+def build_image_tower(recipe: Recipe, *, start: bool = True, **besides: Any) -> ImageTower:
+    """Build a recipe's image tower; `start` loads its own weights to start from.
+
+    What an adapter builds it with besides, such as a backbone, goes to `ImageTower`.
+    """
     image = recipe.image_tower
     return ImageTower(
         image.model,
@@ -105,6 +108,7 @@ def build_image_tower(recipe: Recipe, *, start: bool = True) -> ImageTower:
         layer_scale=image.layer_scale,
         checkpointing=image.checkpointing,
         weights=Path(image.weights) if start and image.weights else None,
+        **besides,
     )
 
 

@@ -19,6 +19,7 @@ from unicl.data.reader import Transform
 from unicl.distributed import Ranks
 from unicl.errors import UsageError
 from unicl.models import (
+    build_image_tower,
     build_tokenizer,
     build_towers,
     identity_of,
@@ -27,7 +28,7 @@ from unicl.models import (
     with_locks,
 )
 from unicl.pretraining import Pretraining, StepFlops
-from unicl.towers.image import ImageTower, check_image_size
+from unicl.towers.image import check_image_size
 from unicl.towers.pretrained import Pretrained
 from unicl.towers.two_tower import TwoTower
 
@@ -41,18 +42,7 @@ def build_model(recipe: DepthRecipe, *, start: bool) -> TwoTower:
     Raises:
         UniclError: there are no such weights, or they do not fit.
     """
-    image = recipe.image_tower
-    tower = ImageTower(
-        image.model,
-        embed_dim=recipe.embed_dim,
-        image_size=image.image_size,
-        in_chans=CHANNELS,
-        window_size=image.window_size,
-        drop_path_rate=image.drop_path_rate,
-        layer_scale=image.layer_scale,
-        checkpointing=image.checkpointing,
-        weights=Path(image.weights) if start and image.weights else None,
-    )
+    tower = build_image_tower(recipe, start=start, in_chans=CHANNELS)
     model = build_towers(recipe, tower)
     return start_from(recipe, model) if start else with_locks(recipe, model)
 

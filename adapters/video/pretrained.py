@@ -20,9 +20,7 @@ from unicl.data.augment import EvalTransform
 from unicl.data.reader import Decode
 from unicl.errors import UsageError
 from unicl.models import (
-    build_model as build_image_model,
-)
-from unicl.models import (
+    build_image_tower,
     build_tokenizer,
     build_towers,
     identity_of,
@@ -30,6 +28,9 @@ from unicl.models import (
     read_weights,
     start_from,
     with_locks,
+)
+from unicl.models import (
+    build_model as build_image_model,
 )
 from unicl.towers.image import ImageTower, backbone_weights, carry_backbone
 from unicl.towers.pretrained import Pretrained
@@ -82,17 +83,7 @@ def _build_tower(recipe: VideoRecipe, *, start: bool) -> ImageTower:
             drop_path_rate=image.drop_path_rate,
             layer_scale=image.layer_scale,
         )
-    return ImageTower(
-        image.model,
-        embed_dim=recipe.embed_dim,
-        image_size=image.image_size,
-        window_size=image.window_size,
-        drop_path_rate=image.drop_path_rate,
-        layer_scale=image.layer_scale,
-        checkpointing=image.checkpointing,
-        weights=Path(image.weights) if start and image.weights else None,
-        backbone=backbone,
-    )
+    return build_image_tower(recipe, start=start, backbone=backbone)
 
 
 def view_dims(video: VideoConfig) -> int:
