@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,18 +46,17 @@ class VideoTwoTower(TwoTower):
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch dim"]:
         """Return the unit-length embeddings of videos [batch, *view] or [batch, views, *view]."""
-        return F.normalize(mean_of_views(super().encode_image, images, self.view_dims), dim=-1)
+        embeddings = super().encode_image(in_views(images, self.view_dims))
+        return F.normalize(mean_of_views(embeddings, len(images)), dim=-1)
 
     def encode_image_twice(
         self, images: Images
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch width"]]:
         """Return the embeddings of videos, and the mean features that they are projected from."""
-        views = in_views(images, self.view_dims)
-        embeddings, features = super().encode_image_twice(views)
-        of_video = (len(images), -1)
+        embeddings, features = super().encode_image_twice(in_views(images, self.view_dims))
         return (
-            F.normalize(embeddings.unflatten(0, of_video).mean(1), dim=-1),
-            features.unflatten(0, of_video).mean(1),
+            F.normalize(mean_of_views(embeddings, len(images)), dim=-1),
+            mean_of_views(features, len(images)),
         )
 
 
@@ -98,15 +96,12 @@ class VideoClassifier(TwoTower):
         """Return the head's outputs, the mean over a video's views: its frames, if it has any."""
         pooled = self.image(in_views(images, self.view_dims))
         logits = self.head(self.dropout(pooled)).float()
-        return logits.unflatten(0, (len(images), -1)).mean(1)
+        return mean_of_views(logits, len(images))
 
     def encode_image(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Return the probabilities of the classes, the mean over a video's views."""
-
-        def probabilities(views: Tensor) -> Tensor:
-            return self.logits(views).softmax(-1)
-
-        return mean_of_views(probabilities, images, self.view_dims)
+        probabilities = self.logits(in_views(images, self.view_dims)).softmax(-1)
+        return mean_of_views(probabilities, len(images))
 
     def encode_image_twice(
         self, images: Images
@@ -114,10 +109,9 @@ class VideoClassifier(TwoTower):
         """Return the probabilities, and the mean of the views' pooled features."""
         pooled = self.image(in_views(images, self.view_dims))
         probabilities = self.head(pooled).float().softmax(-1)
-        of_video = (len(images), -1)
         return (
-            probabilities.unflatten(0, of_video).mean(1),
-            pooled.float().unflatten(0, of_video).mean(1),
+            mean_of_views(probabilities, len(images)),
+            mean_of_views(pooled.float(), len(images)),
         )
 
 
@@ -126,7 +120,10 @@ def in_views(images: Images, view_dims: int) -> Tensor:
     return images if images.ndim == view_dims + 1 else images.flatten(0, 1)
 
 
-def mean_of_views(encode: Any, images: Images, view_dims: int) -> Float[Tensor, "batch dim"]:
-    """Return what `encode` makes of views, the mean of each video."""
-    encoded: Tensor = encode(in_views(images, view_dims))
-    return torch.unflatten(encoded, 0, (len(images), -1)).mean(1)
+def mean_of_views(
+    encoded: Float[Tensor, "views dim"], num_videos: int
+) -> Float[Tensor, "{num_videos} dim"]:
+    """Return the mean of each video's views, which lie one after the other."""
+    # Not -1: a rank whose samples were all skipped has no videos, and so no number of views.
+    num_views = len(encoded) // max(1, num_videos)
+    return encoded.unflatten(0, (num_videos, num_views)).mean(1)

@@ -99,6 +99,17 @@ def test_frames_are_classified_together() -> None:
         assert torch.allclose(model.logits(frames), single.mean(1), atol=1e-6)
 
 
+def test_a_rank_may_have_no_videos() -> None:
+    none = videos(0, 3, 4, 32, 32)
+    with torch.no_grad():
+        head = VideoClassifier(clip_tower(), num_classes=5, width=256).eval()
+        assert head.logits(none).shape == (0, 5)
+        clips = VideoTwoTower(clip_tower(), nn.Identity(), view_dims=4).eval()
+        assert clips.encode_image(none).shape == (0, 16)
+        frames = VideoTwoTower.of(image_model(), view_dims=3)
+        assert frames.encode_image(videos(0, 4, 3, 32, 32)).shape == (0, 16)
+
+
 def test_all_that_a_classifier_learns_gets_a_gradient() -> None:
     model = VideoClassifier(clip_tower(), num_classes=5, width=256, dropout=0.1)
     model.logits(videos(2, 3, 4, 32, 32)).square().sum().backward()
