@@ -191,16 +191,48 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
 
 
 def _build_pretraining(recipe: Recipe, ranks: Ranks, *, start: bool) -> Parts:
-    model = build_model(recipe, start=start)
-    check_image_size(model.image, recipe.image_tower.image_size)
+    model, size = build_model(recipe, start=start), recipe.image_tower.image_size
+    check_image_size(model.image, size)
+    return contrastive_parts(
+        recipe,
+        ranks,
+        model,
+        loader=build_train_loader(recipe, ranks),
+        evaluators=build_evaluators(recipe, ranks),
+        image_shape=(3, size, size),
+    )
+
+
+def contrastive_parts(
+    recipe: Recipe,
+    ranks: Ranks,
+    model: TwoTower,
+    *,
+    loader: Loader,
+    evaluators: Sequence[Evaluator],
+    image_shape: tuple[int, ...],
+    images_per_sample: int = 1,
+) -> Parts:
+    """Put together what trains two towers by the contrastive loss, whatever the image tower sees.
+
+    Args:
+        recipe: the loss, and the longest text.
+        ranks: the processes that share a batch.
+        model: the towers.
+        loader: this rank's part of the training batches.
+        evaluators: what measures the model.
+        image_shape: shape of one image, or of what else the image tower takes.
+        images_per_sample: how many of these a sample has, such as frames.
+    """
     return Parts(
         Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks),
-        build_train_loader(recipe, ranks),
-        build_evaluators(recipe, ranks),
+        loader,
+        evaluators,
         StepFlops(
             model,
-            image_shape=(3, recipe.image_tower.image_size, recipe.image_tower.image_size),
+            image_shape=image_shape,
             context_length=recipe.text_tower.context_length,
+            images_per_sample=images_per_sample,
         ),
     )
 
@@ -308,11 +340,14 @@ def open_shards(folder: Path) -> ShardSet:
     return shards
 
 
-def build_evaluators(recipe: Recipe, ranks: Ranks = ALONE) -> list[HeldOut]:
-    """Build what a recipe's held-out shards are measured with; none where it names no such data."""
+def build_evaluators(recipe: Recipe, ranks: Ranks = ALONE, **how: Any) -> list[HeldOut]:
+    """Build what a recipe's held-out data are measured with; none where it names no such data.
+
+    How they are opened and decoded is `build_held_out`'s.
+    """
     if recipe.evaluation.data is None:
         return []
-    return [build_held_out(recipe, ranks)]
+    return [build_held_out(recipe, ranks, **how)]
 
 
 def build_held_out(

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapters.depth.config import DepthConfig, DepthRecipe
 from adapters.depth.rgbd import RgbdDecoder
 from adapters.depth.sets import open_rgbd_folder
-from unicl.build import Parts, build_held_out, build_train_loader
+from unicl.build import Parts, build_evaluators, build_train_loader, contrastive_parts
 from unicl.config import override_section
 from unicl.data.augment import EvalTransform, TrainTransform
 from unicl.data.image_sets.samples import SetSamples
@@ -27,7 +27,6 @@ from unicl.models import (
     start_from,
     with_locks,
 )
-from unicl.pretraining import Pretraining, StepFlops
 from unicl.towers.image import check_image_size
 from unicl.towers.pretrained import Pretrained
 from unicl.towers.two_tower import TwoTower
@@ -60,21 +59,14 @@ def build(recipe: DepthRecipe, ranks: Ranks, *, start: bool) -> Parts:
     transform = TrainTransform(size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip)
     decode = _decoder(transform, recipe.depth, data.max_image_pixels)
     samples = _open_samples(Path(data.train), split="train")
-    evaluators = []
-    if recipe.evaluation.data is not None:
-        eval_decode = _decoder(EvalTransform(size), recipe.depth, data.max_image_pixels)
-        evaluators.append(
-            build_held_out(recipe, ranks, open_samples=_open_samples, decode=eval_decode)
-        )
-    return Parts(
-        Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks),
-        build_train_loader(recipe, ranks, samples=samples, decode=decode),
-        evaluators,
-        StepFlops(
-            model,
-            image_shape=(CHANNELS, size, size),
-            context_length=recipe.text_tower.context_length,
-        ),
+    eval_decode = _decoder(EvalTransform(size), recipe.depth, data.max_image_pixels)
+    return contrastive_parts(
+        recipe,
+        ranks,
+        model,
+        loader=build_train_loader(recipe, ranks, samples=samples, decode=decode),
+        evaluators=build_evaluators(recipe, ranks, open_samples=_open_samples, decode=eval_decode),
+        image_shape=(CHANNELS, size, size),
     )
 
 

@@ -1,11 +1,9 @@
 """From a recipe of videos to what it trains."""
 
-import logging
 import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,8 +18,9 @@ from unicl.build import (
     Parts,
     TextSamples,
     build_eval_loader,
-    build_held_out,
+    build_evaluators,
     build_train_loader,
+    contrastive_parts,
     open_shards,
 )
 from unicl.data.hash_table import normalise
@@ -32,9 +31,7 @@ from unicl.data.shard_index import DATASET_FILE
 from unicl.distributed import Ranks
 from unicl.engine.task import TaskInputs
 from unicl.errors import UsageError
-from unicl.pretraining import Pretraining, StepFlops, count_flops
-
-logger = logging.getLogger("unicl")
+from unicl.pretraining import count_flops
 
 
 def complete(recipe: VideoRecipe) -> VideoRecipe:
@@ -65,10 +62,8 @@ def build(recipe: VideoRecipe, ranks: Ranks, *, start: bool) -> Parts:
     decode = _train_decoder(recipe)
     loader = build_train_loader(recipe, ranks, samples=samples, decode=decode)
     shape = tuple(decode.empty().shape[1:])
-    view, num_views = (
-        shape[-view_dims(recipe.video) :],
-        math.prod(shape[: -view_dims(recipe.video)]),
-    )
+    dims = view_dims(recipe.video)
+    view, num_views = shape[-dims:], math.prod(shape[:-dims])
     if isinstance(model, VideoClassifier):
         labels = _labels(recipe, samples)
         per_clip = 3 * num_views * count_flops(model.image, (1, *view), torch.float32)
@@ -84,19 +79,16 @@ def build(recipe: VideoRecipe, ranks: Ranks, *, start: bool) -> Parts:
             _recognition(recipe, ranks),
             flops,
         )
-    task = Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks)
-    evaluators: list[Any] = []
-    if recipe.evaluation.data is not None:
-        evaluators.append(
-            build_held_out(recipe, ranks, open_samples=_open_held_out, decode=_eval_decoder(recipe))
-        )
-    step_flops = StepFlops(
+    how = {"open_samples": _open_held_out, "decode": _eval_decoder(recipe)}
+    return contrastive_parts(
+        recipe,
+        ranks,
         model,
+        loader=loader,
+        evaluators=build_evaluators(recipe, ranks, **how),
         image_shape=view,
-        context_length=recipe.text_tower.context_length,
         images_per_sample=num_views,
     )
-    return Parts(task, loader, evaluators, step_flops)
 
 
 def open_samples(path: Path, *, split: str) -> TextSamples:
