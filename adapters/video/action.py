@@ -1,4 +1,4 @@
-"""Action recognition with a classification head (Florence 3.8)."""
+"""Action recognition with a classification head (Florence 3.8, 3.9)."""
 
 from collections.abc import Sequence
 from typing import Any

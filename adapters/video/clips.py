@@ -102,7 +102,7 @@ class TrainClipDecoder:
 class EvalClipDecoder:
     """Views of a video: clips spread over its time, each in square crops along its longer side.
 
-    The paper's 4 x 3 views are `num_clips=4, num_crops=3` (section 3.8). A single crop is the
+    The paper's 4 x 3 views are `num_clips=4, num_crops=3` (sections 3.8, 3.9). A single crop is the
     middle one. All crops of a clip come before the next clip.
 
     Args:

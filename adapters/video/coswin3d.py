@@ -101,7 +101,7 @@ def load_image_weights(
     window_size: Sequence[int] | Sequence[Sequence[int]] | None = None,
     source: Path | str = "the state dict",
 ) -> None:
-    """Start a 3D-CoSwin from the weights of an image CoSwin, inflated (Florence 3.8).
+    """Start a 3D-CoSwin from the weights of an image CoSwin, inflated (Florence 2.6).
 
     With the same windows on the map, a clip of one still image then has that image's features at
     every time step. A head of other classes stays as it is.

@@ -160,7 +160,7 @@ def adapt(model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
 
     A run on videos reads them as it was trained, unless overrides say otherwise. A model of images
     sees 12 frames spread over the video, each alone (CLIP4Clip's mean); `video.tower` 3d inflates
-    its CoSwin without any training, as Florence's zero-shot retrieval does (3.9).
+    its CoSwin without any training, as Florence's zero-shot retrieval does (3.8, 3.9).
 
     Args:
         model: of videos or of images.

@@ -134,7 +134,7 @@ def zero_shot(
 def recognition(
     model: Pretrained, images: ClassificationSet, setting: Setting
 ) -> tuple[Result, Answers]:
-    """Name samples by the model's own classification head (Florence 3.8).
+    """Name samples by the model's own classification head (Florence 3.8, 3.9).
 
     Args:
         model: with a head; its probabilities are the mean over a sample's views.
