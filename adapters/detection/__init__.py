@@ -1,0 +1,1 @@
+"""Detection: Dynamic Head with ATSS on a pretrained tower, by names or by class numbers."""
