@@ -25,8 +25,8 @@ class DetectionConfig:
 
     classes: Literal["texts", "numbers", "none"] = "texts"
     """texts: an object's class is the nearest of the names, which may be any; numbers: one output
-    per class; none: boxes of objects of whatever class, which the two towers then name as in the
-    paper's zero-shot detection, so that both towers stay as they are."""
+    per class; none: boxes of objects of whatever class, while both towers stay as they are, to name
+    them afterwards, which is the paper's zero-shot detection."""
     class_names: tuple[str, ...] = ()
     """Names of the classes; empty takes those of the data."""
     category_ids: tuple[int, ...] = ()
@@ -107,13 +107,6 @@ class DetectionRecipe(Recipe):
         if self.model is not None:
             raise UsageError(
                 f"task detection needs an image tower with maps of several sizes, not {self.model}"
-            )
-        if self.detection.classes == "none" and not (
-            self.image_tower.locked and self.text_tower.locked
-        ):
-            raise UsageError(
-                "detection.classes none keeps both towers as they are: set image_tower.locked and "
-                "text_tower.locked"
             )
 
 
