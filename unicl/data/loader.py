@@ -8,7 +8,6 @@ import atexit
 import functools
 import gc
 import logging
-import math
 import multiprocessing
 import signal
 import sys
@@ -16,24 +15,21 @@ import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
-import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import PromptSampler
-from unicl.data.reader import Decode, Piece, Reader, SampleSet, Skipped, Tokenize
+from unicl.data.reader import Batch, Decode, Reader, SampleSet, Skipped, Tokenize
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
+
+AnyBatch = TypeVar("AnyBatch")
 
 # What a worker hands over at a time: small enough to keep shared memory and latency low however
 # large the batch is, large enough that handing over costs nothing beside the decoding.
@@ -44,36 +40,28 @@ _FEWEST_TO_JUDGE = 100
 _SECONDS_AFTER_SIGTERM = 60
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples that are trained on together; bad ones are left out: it may be short, or empty."""
+@runtime_checkable
+class PieceReader(Protocol):
+    """Maps (first stream position, count) to a piece; `unicl.data.reader.Reader` is one.
 
-    images: UInt8[Tensor, "batch *shape"]
-    """Images [batch, 3, height, width], or clips."""
-    tokens: Int64[Tensor, "batch context"]
-    labels: Int64[Tensor, " batch"]
-    keys: tuple[str, ...]
-    texts: tuple[str, ...]
-    """The descriptions, before any template."""
-    consumed: int
-    """Stream position after this batch, where the next one starts on all ranks."""
-    skipped: dict[str, int]
-    """Number of samples left out, by reason."""
+    A piece is consecutive samples without the bad ones: it has `keys`, and what was `skipped`.
+    """
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    @property
+    def samples(self) -> SampleSet:
+        """What is read from."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its tensors on another device."""
-        return Batch(
-            self.images.to(device, non_blocking=True),
-            self.tokens.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.keys,
-            self.texts,
-            self.consumed,
-            self.skipped,
-        )
+    def sample_bytes(self) -> int:
+        """About how many bytes a decoded sample takes."""
+
+    def prepare(self) -> None:
+        """Load once for all workers what loads when it is first used."""
+
+    def __getitem__(self, positions: tuple[int, int]) -> Any:
+        """Read the samples at `count` stream positions from the first one on."""
+
+    def join(self, parts: Sequence[Any], *, consumed: int, skipped: dict[str, int]) -> Any:
+        """Make a batch of its pieces, of which some or all may have no samples."""
 
 
 class _Plan(Sampler[tuple[int, int]]):
@@ -158,14 +146,13 @@ class _Tally:
         )
 
 
-class Loader:
-    """Reads, decodes, augments and tokenizes samples in the planned order.
+class BatchLoader(Generic[AnyBatch]):
+    """Reads what a reader makes of the samples, in the planned order, in other processes.
 
     A sample that cannot be used is left out of its batch and counted by reason.
 
     Args:
-        decode: Makes a uint8 tensor of an encoded image or clip, given an integer seed.
-        tokenize: Makes token ids of texts; must depend on nothing but the texts.
+        reader: Makes pieces of batches.
         num_workers: Processes that do the work; 0 does it in this one. The batches do not differ.
         max_skipped_share: More skipped samples than this share, of at least 100 or of a whole pass,
             end the run; None tells what was skipped, and lets the caller judge.
@@ -177,15 +164,10 @@ class Loader:
 
     def __init__(
         self,
-        samples: SampleSet,
-        order: SampleOrder,
+        reader: PieceReader,
         *,
-        decode: Decode,
-        tokenize: Tokenize,
-        prompts: PromptSampler,
         batch_size: int,
         num_workers: int,
-        seed: int,
         max_skipped_share: float | None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -193,14 +175,18 @@ class Loader:
             raise UsageError(f"batch_size must be positive, got {batch_size}")
         if num_workers < 0:
             raise UsageError(f"data.num_workers must not be negative, got {num_workers}")
-        self.samples = samples
-        self._reader = Reader(samples, order, decode, tokenize, prompts, seed)
+        self._reader = reader
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.ranks = ranks
         self._max_skipped_share = max_skipped_share
 
-    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+    @property
+    def samples(self) -> Any:
+        """What is read from, a `unicl.data.reader.SampleSet`."""
+        return self._reader.samples
+
+    def batches(self, start: int = 0) -> Generator[AnyBatch, None, None]:
         """Yield this rank's part of batches without end, from a stream position on.
 
         Raises:
@@ -208,7 +194,7 @@ class Loader:
         """
         return self._load(_Plan(start, None, self.batch_size, self._piece, self.ranks))
 
-    def epoch(self, span: range | None = None) -> Generator[Batch, None, None]:
+    def epoch(self, span: range | None = None) -> Generator[AnyBatch, None, None]:
         """Yield every sample once, or every one of a span; the last batch may be smaller.
 
         Of several ranks each gets a run of consecutive samples, the first rank the first.
@@ -223,10 +209,9 @@ class Loader:
 
     @functools.cached_property
     def _piece(self) -> int:
-        sample_bytes = math.prod(self._reader.empty_piece.images.shape[1:])
-        return max(1, min(_PIECE, _PIECE_BYTES // max(1, sample_bytes)))
+        return max(1, min(_PIECE, _PIECE_BYTES // max(1, self._reader.sample_bytes())))
 
-    def _load(self, plan: _Plan) -> Generator[Batch, None, None]:
+    def _load(self, plan: _Plan) -> Generator[AnyBatch, None, None]:
         tally = _Tally(self._reader.samples, self._max_skipped_share)
         with closing(self._pieces(plan)) as pieces:
             for own, consumed in plan.batches():
@@ -234,12 +219,11 @@ class Loader:
                 skipped = [sample for part in parts for sample in part.skipped]
                 tally.add(len(own), skipped)
                 tally.check()
-                good = [part for part in parts if part.keys] or [self._reader.empty_piece]
                 reasons = Counter(sample.reason for sample in skipped)
-                yield _join(good, consumed=consumed, skipped=dict(reasons))
+                yield self._reader.join(parts, consumed=consumed, skipped=dict(reasons))
         tally.check(last=True)
 
-    def _pieces(self, plan: _Plan) -> Generator[Piece, None, None]:
+    def _pieces(self, plan: _Plan) -> Generator[Any, None, None]:
         if self.num_workers == 0:
             yield from map(self._reader.__getitem__, plan)
             return
@@ -262,14 +246,12 @@ class Loader:
             close()
 
     def _start_workers(self, plan: _Plan) -> Any:
-        # What loads when it is first used, loaded once for all workers.
-        Image.init()
-        self._reader.tokenize([""])
+        self._reader.prepare()
         own_size = -(-self.batch_size // self.ranks.size)
         pieces_ahead = _BATCHES_AHEAD * -(-own_size // plan.piece)
         with _quiet_start():
             loader = DataLoader(
-                self._reader,
+                cast(Any, self._reader),
                 sampler=plan,
                 batch_size=None,
                 num_workers=self.num_workers,
@@ -282,16 +264,31 @@ class Loader:
             return iter(loader)
 
 
-def _join(parts: list[Piece], *, consumed: int, skipped: dict[str, int]) -> Batch:
-    return Batch(
-        torch.cat([part.images for part in parts]),
-        torch.from_numpy(np.concatenate([part.tokens for part in parts])),
-        torch.from_numpy(np.concatenate([part.labels for part in parts])),
-        tuple(key for part in parts for key in part.keys),
-        tuple(text for part in parts for text in part.texts),
-        consumed,
-        skipped,
-    )
+class Loader(BatchLoader[Batch]):
+    """Reads, decodes, augments and tokenizes samples in the planned order.
+
+    Args:
+        samples: Encoded images with their texts.
+        order: Which sample comes at which position.
+        decode: Makes a uint8 tensor of an encoded image or clip, given an integer seed.
+        tokenize: Makes token ids of texts; must depend on nothing but the texts.
+        prompts: Puts texts into templates.
+        seed: Of augmentation.
+        how: As in `BatchLoader`.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        order: SampleOrder,
+        *,
+        decode: Decode,
+        tokenize: Tokenize,
+        prompts: PromptSampler,
+        seed: int,
+        **how: Any,
+    ) -> None:
+        super().__init__(Reader(samples, order, decode, tokenize, prompts, seed), **how)
 
 
 def _context() -> BaseContext:

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -120,6 +121,38 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Samples that are trained on together; bad ones are left out: it may be short, or empty."""
+
+    images: UInt8[Tensor, "batch *shape"]
+    """Images [batch, 3, height, width], or clips."""
+    tokens: Int64[Tensor, "batch context"]
+    labels: Int64[Tensor, " batch"]
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    """The descriptions, before any template."""
+    consumed: int
+    """Stream position after this batch, where the next one starts on all ranks."""
+    skipped: dict[str, int]
+    """Number of samples left out, by reason."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with its tensors on another device."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.keys,
+            self.texts,
+            self.consumed,
+            self.skipped,
+        )
+
+
+@dataclass(frozen=True)
 class Reader(Dataset):
     """Maps (first position, count) to a piece; holds nothing that changes its result.
 
@@ -168,6 +201,28 @@ class Reader(Dataset):
         """No samples, in tensors of the shapes that samples have."""
         tokens = self.tokenize([""]).numpy()
         return Piece(self.decode.empty(), tokens[:0], np.empty(0, np.int64), (), (), ())
+
+    def sample_bytes(self) -> int:
+        """Bytes of a decoded image or clip."""
+        return math.prod(self.empty_piece.images.shape[1:])
+
+    def prepare(self) -> None:
+        """Let Pillow find its formats, and the tokenizer its vocabulary."""
+        Image.init()
+        self.tokenize([""])
+
+    def join(self, parts: Sequence[Piece], *, consumed: int, skipped: dict[str, int]) -> Batch:
+        """Make a batch of its pieces."""
+        good = [part for part in parts if part.keys] or [self.empty_piece]
+        return Batch(
+            torch.cat([part.images for part in good]),
+            torch.from_numpy(np.concatenate([part.tokens for part in good])),
+            torch.from_numpy(np.concatenate([part.labels for part in good])),
+            tuple(key for part in good for key in part.keys),
+            tuple(text for part in good for text in part.texts),
+            consumed,
+            skipped,
+        )
 
     def _image(self, sample: RawSample, position: int) -> Tensor:
         if not sample.image:
