@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unicl.config import find_plugin, plugin_names
-from unicl.data.augment import UndecodableImage, open_image
+from unicl.config import find_medium
+from unicl.data.augment import UndecodableImage, open_image, upright
 from unicl.data.prompts import TEMPLATES
 from unicl.data.reader import samples_at_once
 from unicl.data.shards import SampleError
@@ -42,10 +42,24 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 Images = Sequence[ImageInput] | NDArray[np.uint8]
 """A list of them, or an array of bytes with one more axis in front."""
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels."""
+
 _IMAGES = (str, Path, Image.Image, np.ndarray)
 _URL = re.compile(r"(https?|file)://")
 _MAX_BYTES = 1 << 28
 _SECONDS_TO_FETCH = 30
+
+
+class Detection(NamedTuple):
+    """An object that was found in an image."""
+
+    name: str
+    """Its class."""
+    score: float
+    """How sure the model is of it, in 0..1."""
+    box: Box
+    """Where it is, in the image's own pixels."""
 
 
 class Predictor:
@@ -67,6 +81,7 @@ class Predictor:
         self.transform = model.transform
         self.decode = model.decode
         self.classes = model.classes
+        self.skills = model.skills
         self.batch_size = batch_size
         self._shape = decoder_of(model).empty().shape[1:]
         self._at_once = samples_at_once(decoder_of(model), batch_size)
@@ -100,13 +115,10 @@ class Predictor:
             UniclError: there is no such model, or it is damaged.
             UsageError: `device` is none of the above, or is not there; or no plug-in has `medium`.
         """
-        if medium not in (None, *plugin_names()):
-            known = ", ".join(plugin_names()) or "none"
-            raise UsageError(f"there is no medium {medium!r} besides images; installed: {known}")
+        plugin = None if medium is None else find_medium(medium)
         # Late: loading knows every kind of model, using one needs only a few of them.
         from unicl.models import load_for
 
-        plugin = None if medium is None else find_plugin(medium)
         model = load_for(plugin, name, device=device)
         return cls(model, batch_size=batch_size, precision=precision)
 
@@ -192,6 +204,38 @@ class Predictor:
         )
         return _guesses(names, best=best, shares=probabilities)
 
+    def detect(
+        self, images: Images, names: Sequence[str] | None = None, *, threshold: float = 0.3
+    ) -> list[list[Detection]]:
+        """Objects in each image, the surest first.
+
+        Args:
+            images: paths, URLs, PIL images or arrays.
+            names: what to look for, each once; None looks for the classes of the training data.
+            threshold: detections of lower scores are left out.
+
+        Example: `Predictor.load("runs/detection").detect(["park.jpg"], ["dog", "ball"])` is
+        `[[Detection("dog", 0.91, (12.0, 40.5, 180.2, 230.0))]]`.
+
+        Raises:
+            UsageError: the model is no detector, or something that was asked for is wrong.
+            UniclError: a file cannot be decoded.
+        """
+        if "detect" not in self.skills:
+            raise UsageError(
+                f"{self.name} is no detector; train one on it: "
+                "unicl train detection --weights MODEL --data.train FOLDER"
+            )
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"threshold must lie in [0, 1], got {threshold}")
+        if names is not None:
+            names = _listed(names, "names", (str,), "a text")
+            require_unique(names)
+        images = _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
+        opened = (self._open(image, number) for number, image in enumerate(images))
+        with computing_in(device_of(self.model), self._autocast):
+            return [self.skills["detect"](each, names, threshold) for each in opened]
+
     def _build_classifier(
         self, names: tuple[str, ...], templates: tuple[str, ...]
     ) -> Float[Tensor, "num_classes dim"]:
@@ -226,21 +270,31 @@ class Predictor:
         return torch.cat(embeddings)
 
     def _pixels(self, image: ImageInput, number: int) -> UInt8[Tensor, "*view size size"]:
-        if isinstance(image, str | Path):
-            name = str(image)
-        else:  # Pillow's images know the file that they were opened from
-            name = getattr(image, "filename", "") or f"image {number}"
-        with naming(name):
-            if isinstance(image, str | Path):
-                encoded = read_image(str(image))
-                if self.decode is not None:
-                    return self.decode(encoded, 0)
-                return self.transform(open_image(encoded), 0)
-            if isinstance(image, Image.Image) and 0 in image.size:
-                raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
-            picture = image if isinstance(image, Image.Image) else _picture(image)
+        with naming(_name(image, number)):
+            if isinstance(image, str | Path) and self.decode is not None:
+                return self.decode(read_image(str(image)), 0)
+            pixels = self.transform(_opened(image), 0)
             # All views of a picture are alike.
-            return self.transform(picture, 0).expand(self._shape)
+            return pixels if isinstance(image, str | Path) else pixels.expand(self._shape)
+
+    def _open(self, image: ImageInput, number: int) -> Image.Image:
+        with naming(_name(image, number)):
+            return upright(_opened(image))
+
+
+def _name(image: ImageInput, number: int) -> str:
+    if isinstance(image, str | Path):
+        return str(image)
+    # Pillow's images know the file that they were opened from.
+    return getattr(image, "filename", "") or f"image {number}"
+
+
+def _opened(image: ImageInput) -> Image.Image:
+    if isinstance(image, str | Path):
+        return open_image(read_image(str(image)))
+    if isinstance(image, Image.Image) and 0 in image.size:
+        raise ValueError(f"an image needs pixels, got {image.width} x {image.height}")
+    return image if isinstance(image, Image.Image) else _picture(image)
 
 
 @contextmanager

@@ -147,17 +147,18 @@ class EvalTransform:
         return _pixels(_resize(image, share, box, self.size))
 
 
-def upright(image: Image.Image, *, longer_side: int) -> Image.Image:
+def upright(image: Image.Image, *, longer_side: int | None = None) -> Image.Image:
     """Decode a whole image as the transforms see it: upright, in 8 bits, in RGB, on white.
 
     Args:
         image: An image that is opened, not yet decoded.
-        longer_side: Pixels that suffice; a JPEG is decoded to no fewer, if it has as many.
+        longer_side: Pixels that suffice; a JPEG is decoded to no fewer, if it has as many. Unset
+            decodes all.
 
     Raises:
         UndecodableImage: Pillow cannot decode the image.
     """
-    share = longer_side / max(image.size)
+    share = 1.0 if longer_side is None else longer_side / max(image.size)
     return _on_white(_decode(image, share, _orientation(image))[0])
 
 

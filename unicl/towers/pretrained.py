@@ -47,6 +47,9 @@ class Pretrained:
     """How the model reads its samples, such as the frames of a clip; told with each result. The
     space of the embeddings does not depend on it."""
 
+    skills: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """What it can do besides, by the names of `unicl.Predictor`'s methods, such as `detect`."""
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of identity and weights: models that differ in it embed differently."""
