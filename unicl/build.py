@@ -14,7 +14,7 @@ from unicl.config import PRETRAINING, Recipe, find_plugin, recipe_to_toml
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.augment import TrainTransform
 from unicl.data.hash_table import TextHashTable
-from unicl.data.loader import Loader
+from unicl.data.loader import BatchLoader, Loader
 from unicl.data.order import SampleOrder
 from unicl.data.prompts import TEMPLATES, PromptSampler
 from unicl.data.reader import Decode, ImageDecoder, SampleSet, samples_at_once
@@ -144,7 +144,7 @@ class Parts:
 
     task: Task
     """What is trained, its model with the weights to start from, still on the CPU."""
-    loader: Loader
+    loader: BatchLoader[Any]
     """This rank's part of the training batches."""
     evaluators: Sequence[Evaluator] = ()
     """What measures the model on held-out data."""
@@ -158,8 +158,6 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
         raise UsageError(
             "data.train is not set; `unicl prepare SOURCE --out DIR` makes such a folder"
         )
-    if recipe.trainer.batch_size == 1:
-        raise UsageError("trainer.batch_size must be at least 2: the loss of one pair is always 0")
     device = choose_device(recipe.trainer.device)
     torch.manual_seed(recipe.trainer.seed)
     build = _build_pretraining
@@ -223,7 +221,12 @@ def contrastive_parts(
         evaluators: what measures the model.
         image_shape: shape of one image, or of what else the image tower takes.
         images_per_sample: how many of these a sample has, such as frames.
+
+    Raises:
+        UsageError: A batch would have one pair only.
     """
+    if recipe.trainer.batch_size == 1:
+        raise UsageError("trainer.batch_size must be at least 2: the loss of one pair is always 0")
     return Parts(
         Pretraining(model, targets=recipe.loss.targets, tile=recipe.loss.tile, ranks=ranks),
         loader,
@@ -416,8 +419,7 @@ def _check_data(folder: Path, recipe: Recipe, trainer: Trainer) -> str:
 
     Its place in the data is a number, which would mean another sample.
     """
-    samples: TextSamples = cast(Any, trainer.loader).samples
-    digest = samples.digest()
+    digest: str = cast(Any, trainer.loader).samples.digest()
     path = folder / _DIGEST_FILE
     if checkpoints(folder / "checkpoints") and path.exists() and path.read_text() != digest:
         raise UsageError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unicl.config import Plugin, evaluation_names, find_holder, split_evaluation
+from unicl.config import Medium, Skill, evaluation_names, find_holder, split_evaluation
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.hash_table import normalise
 from unicl.data.image_sets import (
@@ -130,21 +130,25 @@ def evaluate(
     if isinstance(data, str):  # to Python a list of letters
         raise UsageError(f"data must be a list, got one str: put {data!r} in brackets")
     plugin, protocol = split_evaluation(task)
-    if protocol == "fine-tune":
-        raise UsageError(f"{task} trains first: call unicl.fine_tuning.fine_tune")
-    if protocol not in (TASKS if plugin is None else plugin.evaluations):
+    if protocol not in (TASKS if plugin is None else plugin.evaluations) and task != "fine-tune":
         known = ", ".join((*TASKS, *evaluation_names()))
         raise UsageError(f"there is no task {task!r}: choose from {known}, or fine-tune")
-    if overrides and plugin is None:
-        raise UsageError(f"--{next(iter(overrides))} is a key of a plug-in's tasks only")
     check(options)
+    if isinstance(plugin, Skill):
+        of_skill: list[Result] = plugin.evaluate(protocol, model, data, options, overrides or {})
+        return of_skill
+    if protocol == "fine-tune":
+        raise UsageError(f"{task} trains first: call unicl.fine_tuning.fine_tune")
+    medium = plugin if isinstance(plugin, Medium) else None
+    if overrides and medium is None:
+        raise UsageError(f"--{next(iter(overrides))} is a key of a plug-in's tasks only")
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
         # Opened before the model is loaded: a name that is wrong is told at once.
-        work = ranks.together(lambda: _open_all(protocol, data, options, plugin))
+        work = ranks.together(lambda: _open_all(protocol, data, options, medium))
         probe = ranks.together(lambda: _open_probe(protocol, options))
         loaded = ranks.together(
-            lambda: load_for(plugin, model, device=str(device), overrides=overrides)
+            lambda: load_for(medium, model, device=str(device), overrides=overrides)
         )
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
@@ -294,7 +298,7 @@ class _Parts:
 
 
 def _open_all(
-    task: str, data: Sequence[str], options: Options, plugin: Plugin | None
+    task: str, data: Sequence[str], options: Options, medium: Medium | None
 ) -> list[_Parts]:
     """Open every set before anything is computed; of the papers' sets those that are there."""
     if not data:
@@ -302,9 +306,9 @@ def _open_all(
     opened = []
     for name in data:
         if name != "all":
-            opened.append(_open(task, name, options, plugin))
+            opened.append(_open(task, name, options, medium))
             continue
-        if plugin is not None or task not in _PAPERS_SETS:
+        if medium is not None or task not in _PAPERS_SETS:
             raise UsageError(f"the sets of {task} have no name here; give folders")
         opened += _open_papers(task, options)
     return opened
@@ -333,11 +337,11 @@ def _open_papers(task: str, options: Options) -> list[_Parts]:
     return there
 
 
-def _open(task: str, name: str, options: Options, plugin: Plugin | None = None) -> _Parts:
+def _open(task: str, name: str, options: Options, medium: Medium | None = None) -> _Parts:
     def part(split: str) -> Any:
         kind: Literal["captions", "classes"] = "captions" if task == "retrieval" else "classes"
-        if plugin is not None:
-            return plugin.open_set(name, split=split, root=options.root, kind=kind)
+        if medium is not None:
+            return medium.open_set(name, split=split, root=options.root, kind=kind)
         try:
             return open_image_set(
                 name, split=split, root=options.root, download=options.download, kind=kind

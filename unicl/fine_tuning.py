@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from unicl.build import train
-from unicl.config import PRETRAINING, Plugin, Recipe, load_recipe, parse_recipe, recipe_to_toml
+from unicl.config import PRETRAINING, Medium, Recipe, load_recipe, parse_recipe, recipe_to_toml
 from unicl.data.image_sets import CaptionSet, ClassificationSet, open_image_set
 from unicl.data.image_sets.source import SetSource
 from unicl.data.prepare import is_finished, prepare
@@ -40,7 +40,7 @@ def fine_tune(
     data: str,
     options: Options,
     overrides: Mapping[str, str] | None = None,
-    plugin: Plugin | None = None,
+    medium: Medium | None = None,
 ) -> Result:
     """Train a model on a set's `train` part, then evaluate it on `options.split`.
 
@@ -52,7 +52,7 @@ def fine_tune(
         data: a set with a part `train`; with classes or with captions.
         options: where and how; `out` is needed.
         overrides: keys of the recipe, such as {"trainer.steps": "100"}.
-        plugin: whose medium the set is of; unset are images. It trains on the set as it lies.
+        medium: what the set is of; unset are images. It trains on the set as it lies.
 
     Raises:
         UsageError: there is no such model, set or part, or `out` is missing or holds other data.
@@ -61,15 +61,15 @@ def fine_tune(
         raise UsageError("where shall the fine-tuned run go? name a folder with --out")
     check(options)
     out = options.out
-    test = _open(data, options.split, options, plugin)
+    test = _open(data, options.split, options, medium)
     warn_of_classes(test, by_name=True)
-    training = _open(data, "train", options, plugin)
+    training = _open(data, "train", options, medium)
     overrides = {"trainer.device": options.device, **(overrides or {})}
     shards = out / "data"
-    if plugin is not None:  # trained on as it lies
+    if medium is not None:  # trained on as it lies
         shards = (training.where or Path(data)).resolve()
-    recipe = fine_tuning_recipe(model, training, shards, overrides, plugin)
-    if plugin is None:
+    recipe = fine_tuning_recipe(model, training, shards, overrides, medium)
+    if medium is None:
         _prepare_first(training, out)
     device = choose_device(recipe.trainer.device)
     _require_same_steps(out / "run", recipe)
@@ -102,7 +102,7 @@ def fine_tuning_recipe(
     training: ClassificationSet | CaptionSet,
     data: Path,
     overrides: Mapping[str, str],
-    plugin: Plugin | None = None,
+    medium: Medium | None = None,
 ) -> Recipe:
     """Return the paper's recipe with the model's towers, and as many steps as its epochs take.
 
@@ -115,14 +115,14 @@ def fine_tuning_recipe(
         kind, num_samples = "captions", sum(len(texts) for texts in training.captions)
     else:
         kind, num_samples = "classes", training.num_samples
-    name, epochs = (_RECIPES if plugin is None else plugin.fine_tuning)[kind]
+    name, epochs = (_RECIPES if medium is None else medium.fine_tuning)[kind]
     model = full_name(model)
     base, towers = load_recipe(name), recipe_of(model)
     if towers.task not in (PRETRAINING, base.task):
-        medium = "images" if plugin is None else plugin.name
-        raise UsageError(f"{model} was trained on {towers.task}, not on {medium}")
-    if plugin is not None:
-        base = plugin.follow(base, towers)
+        wanted = "images" if medium is None else medium.name
+        raise UsageError(f"{model} was trained on {towers.task}, not on {wanted}")
+    if medium is not None:
+        base = medium.follow(base, towers)
     drop_path_rate = towers.image_tower.drop_path_rate
     if towers.model is None:  # open_clip's have a rate of their own
         drop_path_rate = base.image_tower.drop_path_rate or drop_path_rate
@@ -153,11 +153,11 @@ def fine_tuning_recipe(
 
 
 def _open(
-    data: str, split: str, options: Options, plugin: Plugin | None
+    data: str, split: str, options: Options, medium: Medium | None
 ) -> ClassificationSet | CaptionSet:
     opened: ClassificationSet | CaptionSet
-    if plugin is not None:
-        opened = plugin.open_set(data, split=split, root=options.root, kind=None)
+    if medium is not None:
+        opened = medium.open_set(data, split=split, root=options.root, kind=None)
     else:
         opened = open_image_set(data, split=split, root=options.root, download=options.download)
     if isinstance(opened, ClassificationSet) and opened.targets.ndim == 2:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unicl.config import PRETRAINING, Plugin, Recipe, find_plugin, parse_recipe
+from unicl.config import PRETRAINING, Medium, Recipe, find_plugin, parse_recipe
 from unicl.config.schema import ImageTowerConfig, TextTowerConfig
 from unicl.data.augment import EvalTransform
 from unicl.distributed import local_rank
@@ -248,29 +248,29 @@ def load(name: str | Path, *, device: str = "cpu") -> Pretrained:
 
 
 def load_for(
-    plugin: Plugin | None,
+    medium: Medium | None,
     name: str | Path,
     *,
     device: str = "cpu",
     overrides: Mapping[str, str] | None = None,
 ) -> Pretrained:
-    """Load a model as `load` does, and let it see a plug-in's medium if one is given."""
-    return let_see(plugin, load(name, device=device), overrides or {})
+    """Load a model as `load` does, and let it see a medium if one is given."""
+    return let_see(medium, load(name, device=device), overrides or {})
 
 
-def let_see(plugin: Plugin | None, model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
-    """Let a model see a plug-in's medium in its own way, but for the overrides.
+def let_see(medium: Medium | None, model: Pretrained, overrides: Mapping[str, str]) -> Pretrained:
+    """Let a model see a medium in its own way, but for the overrides.
 
     Raises:
         UsageError: the model sees another medium, or an override has no effect.
     """
-    if plugin is None:
+    if medium is None:
         return model
-    if model.medium not in ("", plugin.name):
-        raise UsageError(f"{model.name} was trained on {model.medium}, not on {plugin.name}")
-    adapted: Pretrained = plugin.adapt(model, overrides)
+    if model.medium not in ("", medium.name):
+        raise UsageError(f"{model.name} was trained on {model.medium}, not on {medium.name}")
+    adapted: Pretrained = medium.adapt(model, overrides)
     mark = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
-    return replace(adapted, medium=plugin.name, mark=mark)
+    return replace(adapted, medium=medium.name, mark=mark)
 
 
 def full_name(name: str | Path) -> str:

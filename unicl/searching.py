@@ -70,8 +70,8 @@ def embed(
     if out is None:
         raise UsageError("where shall the embeddings go? name a folder with --out")
     check(options)
-    plugin = find_holder(data)
-    if overrides and plugin is None:
+    medium = find_holder(data)
+    if overrides and medium is None:
         raise UsageError(f"--{next(iter(overrides))} has no effect on images; leave it out")
     device = choose_device(options.device)
     with joined(device, timeout_seconds=600, alone=True) as ranks:
@@ -81,7 +81,7 @@ def embed(
         )
         options = replace(options, split=images.split or options.split)  # which may be another
         plain = ranks.together(lambda: load(model, device=str(device)))
-        loaded = ranks.together(lambda: let_see(plugin, plain, overrides or {}))
+        loaded = ranks.together(lambda: let_see(medium, plain, overrides or {}))
         ranks.together(lambda: _require_searchable(plain, loaded))
         blocks = image_blocks(loaded, images, setting_of(options, ranks))
         if not ranks.first:
@@ -121,10 +121,10 @@ def _require_searchable(plain: Pretrained, seeing: Pretrained) -> None:
 
 
 def _open(data: str, *, split: str, root: Path, download: bool = False) -> ImageSet:
-    plugin = find_holder(data)
-    if plugin is None:
+    medium = find_holder(data)
+    if medium is None:
         return open_images(data, split=split, root=root, download=download)
-    opened: ImageSet = plugin.open_items(data, split=split, root=root)
+    opened: ImageSet = medium.open_items(data, split=split, root=root)
     return opened
 
 
@@ -318,7 +318,7 @@ def search(
         raise UsageError("a text to look for is empty; give it words")
     opened = SearchIndex.open(index)
     holders = (find_holder(str(image)) for image in images)
-    plugin = next((holder for holder in holders if holder is not None), None)
+    medium = next((holder for holder in holders if holder is not None), None)
     read = [_read(str(image)) for image in images]
     chosen = str(choose_device(device))
     try:
@@ -330,8 +330,8 @@ def search(
             f"{error}; where the model of {index} has moved, name it: --model"
         ) from error
     opened.require_model(loaded.name, loaded.fingerprint)
-    if plugin is not None:
-        loaded = plugin.adapt(loaded, {})
+    if medium is not None:
+        loaded = medium.adapt(loaded, {})
     predictor = Predictor(loaded)
     queries = []
     if texts:

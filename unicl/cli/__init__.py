@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import unicl
 from unicl.cli import training, using
-from unicl.config import Recipe
+from unicl.config import Recipe, Skill, working_plugins
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     training.add_commands(commands)
     using.add_commands(commands)
+    for plugin in working_plugins():
+        if isinstance(plugin, Skill):
+            plugin.add_commands(commands)
     return parser
 
 

@@ -128,9 +128,9 @@ def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     source = arguments.source
     # Tars are indexed in place, whatever they hold.
-    plugin = None if any(Path(source).glob("*.tar")) else find_holder(source)
-    if plugin is not None:
-        source = plugin.open_source(source)
+    medium = None if any(Path(source).glob("*.tar")) else find_holder(source)
+    if medium is not None:
+        source = medium.open_source(source)
     with progress_bar(arguments.source) as progress:
         prepared = prepare(
             source,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl.cli.ranks import refuse_ranks
-from unicl.config import evaluation_names, split_evaluation
+from unicl.config import Medium, evaluation_names, split_evaluation
 from unicl.data.atomic import require_parent
 from unicl.errors import UsageError, no_model
 from unicl.export import FORMATS
@@ -228,7 +228,7 @@ def _eval(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from unicl.evaluator import evaluate, show
 
     options = _options(arguments)
-    if task == "fine-tune":
+    if task == "fine-tune" and (plugin is None or isinstance(plugin, Medium)):
         from unicl.fine_tuning import fine_tune
 
         if len(arguments.data) != 1:

@@ -12,8 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from unicl.config.plugins import PRETRAINING, recipe_class, warn_once, working_plugins
-from unicl.config.schema import Recipe
+from unicl.config.plugins import recipe_class, warn_once, working_plugins
+from unicl.config.schema import PRETRAINING, Recipe
 from unicl.errors import UsageError
 
 Section = TypeVar("Section")

@@ -2,24 +2,22 @@
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources.abc import Traversable
 from typing import Any, Protocol, runtime_checkable
 
-from unicl.config.schema import Recipe
+from unicl.config.schema import PRETRAINING, Recipe
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
 
 GROUP = "unicl.tasks"
-PRETRAINING = "pretraining"
-"""The task of a recipe that names none."""
 
 
 @runtime_checkable
 class Plugin(Protocol):
-    """What an adapter adds: a task to train, and a medium besides images to evaluate and search on.
+    """What an adapter adds: a task to train.
 
     Importing it imports no torch. What its methods take and give are objects of the rooms above
     this one, so they are typed there.
@@ -33,8 +31,6 @@ class Plugin(Protocol):
     """Folder of the recipes that it ships."""
     evaluations: tuple[str, ...]
     """What `unicl eval` can do with it, without `NAME-` before."""
-    fine_tuning: Mapping[str, tuple[str, int]]
-    """Recipe and epochs that fine-tune on a set with `classes` or `captions`."""
 
     def complete(self, recipe: Any) -> Any:
         """Return a recipe that knows what follows from its data."""
@@ -44,6 +40,14 @@ class Plugin(Protocol):
 
     def load(self, path: Any, recipe: Any) -> Any:
         """Load a run's model as `unicl.towers.pretrained.Pretrained`."""
+
+
+@runtime_checkable
+class Medium(Plugin, Protocol):
+    """A plug-in that sees something else than images: evaluated and searched as images are."""
+
+    fine_tuning: Mapping[str, tuple[str, int]]
+    """Recipe and epochs that fine-tune on a set with `classes` or `captions`."""
 
     def adapt(self, model: Any, overrides: Mapping[str, str]) -> Any:
         """Return a `Pretrained` that takes this medium; overrides are of keys of its section."""
@@ -69,6 +73,27 @@ class Plugin(Protocol):
         Raises:
             UniclError: It is damaged.
         """
+
+
+@runtime_checkable
+class Skill(Plugin, Protocol):
+    """A plug-in whose models do something else with images than embed them, such as find objects.
+
+    It measures that itself, and may add commands.
+    """
+
+    def evaluate(
+        self,
+        evaluation: str,
+        model: Any,
+        data: Sequence[str],
+        options: Any,
+        overrides: Mapping[str, str],
+    ) -> Any:
+        """Do one of `evaluations`; takes and returns what `unicl.evaluator.evaluate` does."""
+
+    def add_commands(self, commands: Any) -> None:
+        """Add commands to the subparsers of the command line."""
 
 
 @functools.cache
@@ -129,9 +154,27 @@ def warn_once(message: str) -> None:
     logger.warning("%s", " ".join(message.split()))
 
 
-def find_holder(spec: str) -> Plugin | None:
+def find_holder(spec: str) -> Medium | None:
     """Return the plug-in whose medium a set or folder holds; None where these are images."""
-    return next((plugin for plugin in working_plugins() if plugin.holds(spec)), None)
+    return next((medium for medium in _media() if medium.holds(spec)), None)
+
+
+def find_medium(name: str) -> Medium:
+    """Return an installed plug-in of a medium.
+
+    Raises:
+        UsageError: There is none of this name.
+        UniclError: It is broken.
+    """
+    plugin = find_plugin(name) if name in _entries() else None
+    if not isinstance(plugin, Medium):
+        known = ", ".join(medium.name for medium in _media()) or "none"
+        raise UsageError(f"there is no medium {name!r} besides images; installed: {known}")
+    return plugin
+
+
+def _media() -> list[Medium]:
+    return [plugin for plugin in working_plugins() if isinstance(plugin, Medium)]
 
 
 def find_picture(encoded: bytes) -> bytes | None:
@@ -140,7 +183,7 @@ def find_picture(encoded: bytes) -> bytes | None:
     Raises:
         UniclError: The file is damaged.
     """
-    pictures = (plugin.picture(encoded) for plugin in working_plugins())
+    pictures = (medium.picture(encoded) for medium in _media())
     return next((picture for picture in pictures if picture is not None), None)
 
 

@@ -40,6 +40,10 @@ def require_unset(config: object, section: str, where: str, *names: str) -> None
         )
 
 
+PRETRAINING = "pretraining"
+"""The task of a recipe that names none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
     """The image side: a backbone and a linear projection."""
@@ -347,7 +351,7 @@ class Recipe:
     """Name of the run's folder, unless `--out` says otherwise."""
     description: str = ""
     """One line for lists and reports."""
-    task: str = "pretraining"
+    task: str = PRETRAINING
     """What is trained: pretraining, or the task of a plug-in, which may add a section."""
     embed_dim: int = 512
     """Width of the space both towers project into."""
@@ -391,8 +395,9 @@ class Recipe:
                 free = {"checkpointing", "locked", "image_size", "context_length"}
                 names = [item.name for item in fields(config) if item.name not in free]
                 require_unset(config, tower, "a `model` of open_clip", *names)
+        both = self.image_tower.locked and self.text_tower.locked
         _require(
-            not (self.image_tower.locked and self.text_tower.locked),
+            not both or self.task != PRETRAINING,  # others may train what stands on the towers
             "image_tower.locked and text_tower.locked leave nothing to train; unlock one",
         )
         _require(

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal[
-    "zero_shot", "linear_probe", "fine_tune", "few_shot", "retrieval", "retrieval_fine_tuned"
+    "zero_shot",
+    "linear_probe",
+    "fine_tune",
+    "few_shot",
+    "retrieval",
+    "retrieval_fine_tuned",
+    "detection",
+    "detection_zero_shot",
+    "detection_few_shot",
+    "detection_fine_tune",
 ]
 Figures = Mapping[str, Mapping[str, float]]
 

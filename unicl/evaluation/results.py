@@ -32,7 +32,7 @@ _METRICS = {
 }
 _RECALLS = {"i2t": "text_retrieval_recall@", "t2i": "image_retrieval_recall@"}
 # What a table's row shows beside the headline, where it was measured.
-_BESIDE = {"top1": "top5", "map11": "map", "map": "map11"}
+_BESIDE = {"top1": "top5", "map11": "map", "map": "map11", "ap": "ap50"}
 # Characters of a set's name in a file's name; file systems allow about 255 in all.
 _LONGEST = 80
 
@@ -95,10 +95,10 @@ class Result:
     @property
     def shown(self) -> list[str]:
         """Names of the metrics of a table's rows: the headline, and what belongs beside it."""
-        if self.task in ("zero_shot", "linear_probe", "fine_tune"):
-            beside = _BESIDE.get(self.headline)
-            return [self.headline, *([beside] if beside and beside in self.metrics else [])]
-        return list(self.metrics)
+        if self.task in ("few_shot", "retrieval", "retrieval_fine_tuned"):
+            return list(self.metrics)
+        beside = _BESIDE.get(self.headline)
+        return [self.headline, *([beside] if beside and beside in self.metrics else [])]
 
     def interval_of(self, metric: str) -> tuple[float, float] | None:
         """Return the 95% confidence interval of a metric, where it is known."""

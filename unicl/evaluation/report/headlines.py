@@ -39,6 +39,12 @@ _WORDINGS = (
         "t2i_r5",
         "of the texts bring up {one} of theirs among the first five, after training on this set",
     ),
+    _Wording("detection", "ap50", "average precision at overlap 0.5, on {set}"),
+    _Wording(
+        "detection_zero_shot",
+        "ap50",
+        "average precision at overlap 0.5, on {set}, whose classes are known by name alone",
+    ),
 )
 
 

@@ -38,6 +38,23 @@ _TASKS = {
         "Searching after fine-tuning",
         "Recall at k and ranks, after the model was trained on the set's own training images.",
     ),
+    "detection": (
+        "Finding objects",
+        "Average precision of the boxes: the mean over overlaps from 0.5 to 0.95, and at 0.5.",
+    ),
+    "detection_zero_shot": (
+        "Finding objects by name",
+        "Average precision of the boxes, on a set that the model was not trained on: its classes "
+        "are known by their names alone.",
+    ),
+    "detection_few_shot": (
+        "Finding objects after a few examples",
+        "Average precision of the boxes, after the model was trained on a few images per class.",
+    ),
+    "detection_fine_tune": (
+        "Finding objects after fine-tuning",
+        "Average precision of the boxes, after the model was trained on the set's own images.",
+    ),
 }
 _METRICS = {
     "top1": "first guess right",
@@ -45,6 +62,8 @@ _METRICS = {
     "mean_per_class": "first guess right, class mean",
     "map": "mean average precision",
     "map11": "11-point mean average precision",
+    "ap": "average precision",
+    "ap50": "at overlap 0.5",
 }
 _SEARCHES = {"i2t": "image to text", "t2i": "text to image"}
 
