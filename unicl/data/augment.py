@@ -147,19 +147,25 @@ class EvalTransform:
         return _pixels(_resize(image, share, box, self.size))
 
 
-def upright(image: Image.Image, *, longer_side: int | None = None) -> Image.Image:
+def upright(
+    image: Image.Image, *, longer_side: int | None = None, as_stored: bool = False
+) -> Image.Image:
     """Decode a whole image as the transforms see it: upright, in 8 bits, in RGB, on white.
 
     Args:
         image: An image that is opened, not yet decoded.
         longer_side: Pixels that suffice; a JPEG is decoded to no fewer, if it has as many. Unset
             decodes all.
+        as_stored: Take the pixels as upright as they lie in the file, whatever EXIF says.
 
     Raises:
         UndecodableImage: Pillow cannot decode the image.
     """
     share = 1.0 if longer_side is None else longer_side / max(image.size)
-    return _on_white(_decode(image, share, _orientation(image))[0])
+    orientation = 1 if as_stored else _orientation(image)
+    decoded = _on_white(_decode(image, share, orientation)[0])
+    decoded.info = {}  # what is upright now must not be turned once more
+    return decoded
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

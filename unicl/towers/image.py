@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,50 @@ class ImageTower(nn.Module):
         self, images: UInt8[Tensor, "batch channels *size"] | Float[Tensor, "batch channels *size"]
     ) -> Float[Tensor, "batch width"]:
         """Return the backbone's features, before the projection: what a linear probe looks at."""
-        if not images.is_floating_point():
-            per_channel = (-1, *[1] * (images.ndim - 2))
-            mean, std = self.mean.view(per_channel), self.std.view(per_channel)
-            images = images.to(self.mean.dtype).sub_(mean).div_(std)
-        return self.backbone(images)
+        return self.backbone(self._normalised(images))
+
+    def maps(
+        self,
+        images: UInt8[Tensor, "batch channels *size"] | Float[Tensor, "batch channels *size"],
+        strides: Sequence[int],
+    ) -> list[Float[Tensor, "batch _ *_"]]:
+        """Return the backbone's maps of these strides, channels first; the last one normed.
+
+        Raises:
+            UsageError: The model has no such maps.
+        """
+        stages = [stage for stage, _ in self._stages(strides)]
+        return self.backbone.forward_intermediates(
+            self._normalised(images), indices=stages, norm=True, intermediates_only=True
+        )
+
+    def map_widths(self, strides: Sequence[int]) -> list[int]:
+        """Return the channels of the maps of these strides.
+
+        Raises:
+            UsageError: The model has no such maps.
+        """
+        return [width for _, width in self._stages(strides)]
+
+    def _stages(self, strides: Sequence[int]) -> list[tuple[int, int]]:
+        """Return number and channels of the last stage of each stride."""
+        infos = list(getattr(self.backbone, "feature_info", ()))
+        found = {info["reduction"]: (stage, info["num_chs"]) for stage, info in enumerate(infos)}
+        if not found.keys() >= set(strides) or not hasattr(self.backbone, "forward_intermediates"):
+            raise UsageError(
+                f"image_tower.model {self.model} has no maps of strides "
+                f"{', '.join(map(str, strides))}; take a model of several stages, such as "
+                "coswin_tiny"
+            )
+        return [found[stride] for stride in strides]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Return bytes as the backbone takes them; floats are taken as they are."""
+        if images.is_floating_point():
+            return images
+        per_channel = (-1, *[1] * (images.ndim - 2))
+        mean, std = self.mean.view(per_channel), self.std.view(per_channel)
+        return images.to(self.mean.dtype).sub_(mean).div_(std)
 
 
 def check_image_size(tower: nn.Module, size: int) -> None:
