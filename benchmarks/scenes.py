@@ -1,0 +1,311 @@
+"""Composed scenes for detection: coloured shapes on noise, and emoji on varied backgrounds.
+
+A scene is a pure function of (seed, part, index). Folders are laid out as Roboflow exports them, a
+COCO file beside the images of each part, and some classes occur in no scene but those of `test`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+from benchmarks.motion import COLOURS
+from unicl.data.composition import Stream, background
+from unicl.data.shards import ShardWriter
+from unicl.data.twemoji import load_glyph, read_catalogue
+
+SIDE, EMOJI_SIDE = 96, 160
+PARTS = ("train", "valid", "test")
+
+_SHAPES = ("circle", "square", "triangle", "cross")
+_EMOJI = (
+    *("tiger", "penguin", "octopus", "butterfly", "lady beetle", "tropical fish", "flamingo"),
+    *("watermelon", "banana", "strawberry", "grapes", "carrot", "broccoli", "hamburger", "pretzel"),
+    *("soccer ball", "doughnut", "guitar", "violin", "game die", "balloon", "trophy"),
+    *("rocket", "bus", "tractor", "bicycle", "sailboat", "helicopter", "anchor", "key", "hammer"),
+    *("umbrella", "alarm clock", "sunflower", "cactus", "evergreen tree", "mushroom", "snowman"),
+    *("crown", "gem stone"),
+)
+_RADII = (7.0, 22.0)
+_EMOJI_SIZES = (20, 64)
+_MAX_ROTATION = 15.0
+# The share of an object's box that those of others may cover: they touch, none hides another.
+_MAX_SHARED = 0.2
+_ATTEMPTS = 30
+_SAMPLES_PER_SHARD = 256
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and the objects in it, each drawn over those before it."""
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    names: tuple[str, ...]
+    boxes: Float64[np.ndarray, "objects 4"]
+    """x1, y1, x2, y2 in pixels."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes may show, and how they are drawn."""
+
+    name: str
+    names: tuple[str, ...]
+    """All classes, in alphabetical order."""
+    held_out: tuple[str, ...]
+    """Classes that only `test` shows."""
+    most: int
+    """Objects in a scene, at most."""
+    paint: Callable[[np.random.Generator, Sequence[str]], Scene]
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Return the classes of `train` and `valid`."""
+        return tuple(name for name in self.names if name not in self.held_out)
+
+
+def _arrange(
+    rng: np.random.Generator, side: int, draw_sizes: Callable[[], Float64[np.ndarray, "objects 2"]]
+) -> Float64[np.ndarray, "objects 4"]:
+    """Put boxes of random sizes (width, height) at random places; both are drawn until all fit."""
+    while True:
+        boxes = np.empty((0, 4))
+        for size in draw_sizes():
+            for _ in range(_ATTEMPTS):
+                corner = rng.uniform(0, side - size)
+                more = np.concatenate([boxes, [[*corner, *(corner + size)]]])
+                if _shared(more).max() <= _MAX_SHARED:
+                    boxes = more
+                    break
+            else:
+                break
+        else:
+            return boxes
+
+
+def _shared(boxes: Float64[np.ndarray, "objects 4"]) -> Float64[np.ndarray, " objects"]:
+    """Return which share of each box others cover; what several cover counts several times."""
+    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    common = (high - low).clip(0).prod(-1)
+    return common.sum(1) / common.diagonal() - 1
+
+
+def _paint_shapes(rng: np.random.Generator, names: Sequence[str]) -> Scene:
+    names = tuple(str(name) for name in names)
+
+    def draw_sizes() -> Float64[np.ndarray, "objects 2"]:
+        return np.repeat(2 * rng.uniform(*_RADII, (len(names), 1)), 2, axis=1)
+
+    boxes = _arrange(rng, SIDE, draw_sizes)
+    ground = rng.uniform(80, 140) + rng.uniform(-15, 15, 3)
+    pixels = ground + 12 * rng.standard_normal((SIDE, SIDE, 3), np.float32)
+    for name, box in zip(names, boxes, strict=True):
+        colour, shape = name.split()
+        depth = _depth(shape, box)[..., None]
+        # A dark rim parts objects of one colour, and any from the ground.
+        shade = np.where(depth < 1, 0.15, 1)
+        paint = shade * (np.array(COLOURS[colour]) + rng.uniform(-10, 10, 3))
+        pixels += np.clip(depth + 0.5, 0, 1) * (paint - pixels)
+    return Scene(pixels.round().clip(0, 255).astype(np.uint8), names, boxes)
+
+
+def _depth(shape: str, box: Float64[np.ndarray, "4"]) -> Float64[np.ndarray, "96 96"]:
+    """Return how far inside the object every pixel's centre lies; it is negative outside."""
+    centre, radius = (box[:2] + box[2:]) / 2, (box[2] - box[0]) / 2
+    places = np.arange(SIDE) + 0.5
+    x, y = places[None, :] - centre[0], places[:, None] - centre[1]
+    if shape == "circle":
+        return radius - np.hypot(x, y)
+    if shape == "triangle":
+        return np.minimum(radius - y, (y + radius) / 2 - np.abs(x))
+    far, near = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+    return np.minimum(radius - far, (0.35 * radius if shape == "cross" else radius) - near)
+
+
+def _paint_emoji(rng: np.random.Generator, names: Sequence[str]) -> Scene:
+    names = tuple(str(name) for name in names)
+    pictures: list[Image.Image] = []
+
+    def draw_sizes() -> Float64[np.ndarray, "objects 2"]:
+        pictures[:] = [_turned(rng, name) for name in names]
+        return np.array([picture.size for picture in pictures], dtype=np.float64)
+
+    boxes = _arrange(rng, EMOJI_SIDE, draw_sizes).round()
+    image = Image.fromarray(background(Stream(int(rng.integers(2**63))), EMOJI_SIDE))
+    for picture, (left, top, _, _) in zip(pictures, boxes, strict=True):
+        image.paste(picture, (int(left), int(top)), picture)
+    return Scene(np.asarray(image), names, boxes)
+
+
+def _turned(rng: np.random.Generator, name: str) -> Image.Image:
+    """Return an emoji at a random size, turned a little, cut to what is to be seen of it."""
+    size = int(rng.integers(*_EMOJI_SIZES, endpoint=True))
+    scaled = _glyphs()[name].resize((size, size), Image.Resampling.BICUBIC)
+    angle = rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
+    turned = scaled.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    return turned.crop(turned.getchannel("A").point(lambda alpha: alpha > 127 and 255).getbbox())
+
+
+@cache
+def _glyphs() -> dict[str, Image.Image]:
+    emoji = {emoji.name: emoji for emoji in read_catalogue().emoji}
+    return {name: load_glyph(emoji[name].glyph) for name in _EMOJI}
+
+
+COMPOSED = World(
+    "shapes",
+    tuple(sorted(f"{colour} {shape}" for colour, shape in product(COLOURS, _SHAPES))),
+    ("blue triangle", "green circle", "red cross", "yellow square"),
+    4,
+    _paint_shapes,
+)
+"""6 colours x 4 shapes on noise; the colours and shapes of held-out classes occur in seen ones."""
+EMOJI = World(
+    "emoji",
+    tuple(sorted(_EMOJI)),
+    ("banana", "bicycle", "crown", "guitar", "key", "octopus", "pretzel", "sunflower"),
+    5,
+    _paint_emoji,
+)
+"""40 emoji on gradients, stripes, checks, clouds, noise."""
+
+
+def draw_scene(world: World, seed: int, part: str, index: int) -> Scene:
+    """Compose a scene of seen objects; in `test` seen and held-out ones are mixed in each."""
+    rng = _generator(seed, part, index)
+    if part != "test":
+        return world.paint(rng, rng.choice(world.seen, rng.integers(1, world.most + 1)))
+    names = [rng.choice(world.seen), rng.choice(world.held_out)]
+    for _ in range(rng.integers(world.most - 1)):
+        names.append(rng.choice(world.seen if rng.random() < 0.5 else world.held_out))
+    return world.paint(rng, rng.permutation(names))
+
+
+def draw_object(seed: int, index: int) -> Scene:
+    """Compose an image of one shape of a seen class: alone, or cut out of a scene of several."""
+    rng = _generator(seed, "objects", index)
+    if index % 2 == 0:
+        return COMPOSED.paint(rng, rng.choice(COMPOSED.seen, 1))
+    scene = COMPOSED.paint(rng, rng.choice(COMPOSED.seen, rng.integers(1, COMPOSED.most + 1)))
+    # The last is the one that no other hides.
+    x1, y1, x2, y2 = scene.boxes[-1]
+    # Some pixels off at each side, as a detector's box would be.
+    left, top, right, bottom = rng.uniform(-0.08, 0.2, 4) * (x2 - x1)
+    window = np.array([x1 - left, y1 - top, x2 + right, y2 + bottom]).round().clip(0, SIDE)
+    left, top, right, bottom = window.astype(int)
+    boxes = scene.boxes[-1:] - window[[0, 1, 0, 1]]
+    pixels = scene.pixels[top:bottom, left:right]
+    return Scene(pixels, scene.names[-1:], boxes.clip(0, [right - left, bottom - top] * 2))
+
+
+def write_scenes(
+    folder: Path,
+    world: World = COMPOSED,
+    *,
+    num_train: int,
+    num_valid: int,
+    num_test: int,
+    seed: int = 0,
+    shuffled_names: bool = False,
+) -> Path:
+    """Write `folder/train`, `valid` and `test`, each with its images and annotations.
+
+    Args:
+        folder: Where to; made if need be.
+        world: `COMPOSED` or `EMOJI`.
+        num_train: Scenes of seen classes.
+        num_valid: Others of seen classes.
+        num_test: Scenes of seen and held-out classes; its categories are all there are.
+        seed: Other seeds give other scenes.
+        shuffled_names: Give each class of `valid` and `test` the name of another one: what is
+            found even so was not found by its name.
+    """
+    for part, count in zip(PARTS, (num_train, num_valid, num_test), strict=True):
+        known = world.names if part == "test" else world.seen
+        shuffle = shuffled_names and part != "train"
+        called = _shuffled(known, seed) if shuffle else {name: name for name in known}
+        scenes = (draw_scene(world, seed, part, index) for index in range(count))
+        _write_part(folder / part, world, scenes, called)
+    return folder
+
+
+def write_object_shards(folder: Path, num_images: int, *, seed: int = 0) -> Path:
+    """Write shards of single objects with the names of their classes, to pretrain towers on."""
+    with ShardWriter(folder, samples_per_shard=_SAMPLES_PER_SHARD) as writer:
+        for index in range(num_images):
+            shown = draw_object(seed, index)
+            writer.write(f"{index:06d}", _encode(shown.pixels), "png", shown.names[0])
+    return folder
+
+
+def _generator(seed: int, purpose: str, index: int) -> np.random.Generator:
+    return np.random.default_rng((seed, int.from_bytes(purpose.encode()), index))
+
+
+def _shuffled(names: Sequence[str], seed: int) -> dict[str, str]:
+    """Return for each name another one: all stand in one circle, and each takes the next one's."""
+    circle = [str(name) for name in _generator(seed, "names", 0).permutation(names)]
+    return dict(zip(circle, circle[1:] + circle[:1], strict=True))
+
+
+def _write_part(
+    folder: Path, world: World, scenes: Iterator[Scene], called: Mapping[str, str]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {name: number for number, name in enumerate(world.names, 1)}
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for index, scene in enumerate(scenes):
+        file_name = f"{index:06d}.png"
+        (folder / file_name).write_bytes(_encode(scene.pixels))
+        height, width = scene.pixels.shape[:2]
+        images.append({"id": index, "file_name": file_name, "height": height, "width": width})
+        for name, box in zip(scene.names, scene.boxes, strict=True):
+            # From 1 on: pycocotools takes an object numbered 0 for none.
+            objects.append(_annotation(len(objects) + 1, index, numbers[name], box))
+    # As Roboflow has it: number 0 is the kind of all the others, and annotates nothing.
+    categories = [{"id": 0, "name": world.name, "supercategory": "none"}]
+    categories += [
+        {"id": number, "name": called[name], "supercategory": world.name}
+        for name, number in numbers.items()
+        if name in called
+    ]
+    content = {
+        # COCO leaves open what this says.
+        "info": {"seen": world.seen, "held_out": world.held_out},
+        "categories": categories,
+        "images": images,
+        "annotations": objects,
+    }
+    (folder / "_annotations.coco.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _annotation(
+    number: int, image: int, category: int, box: Float64[np.ndarray, "4"]
+) -> dict[str, Any]:
+    x1, y1, x2, y2 = box.tolist()
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": (x2 - x1) * (y2 - y1),
+        "iscrowd": 0,
+        "segmentation": [],
+    }
+
+
+def _encode(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    buffer = BytesIO()
+    # Noise does not get smaller by trying harder.
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
