@@ -220,7 +220,7 @@ def _annotated(path: Path, category: int, found: _CocoFile) -> bool:
 
 def _image_id(path: Path, image: dict[str, Any]) -> int | str:
     found = image.get("id")
-    if type(found) not in (int, str):
+    if not isinstance(found, int | str):
         raise UniclError(f"{path} has an image with id {found!r}, which is neither number nor text")
     return found
 

@@ -97,13 +97,14 @@ def agnostic(truth: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(truth: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    for key, items in (("image", truth["images"]), ("category", truth["categories"])):
+    for noun, items in (("an image", truth["images"]), ("a category", truth["categories"])):
+        key = f"{noun.split()[1]}_id"
         known = {each["id"] for each in items}
-        unknown = [result for result in results if result[f"{key}_id"] not in known]
+        unknown = [result for result in results if result[key] not in known]
         if unknown:
             raise UniclError(
-                f"{len(unknown)} results are of a {key} that the set does not have, such as {key} "
-                f"{unknown[0][f'{key}_id']!r}; they are of another set"
+                f"{len(unknown)} results are of {noun} that the set does not have, such as "
+                f"{noun.split()[1]} {unknown[0][key]!r}; they are of another set"
             )
     numbers = np.array([[*each["bbox"], each["score"]] for each in results], np.float64)
     bad = np.flatnonzero(~np.isfinite(numbers.reshape(-1, 5)).all(1))

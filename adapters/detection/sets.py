@@ -60,13 +60,13 @@ KNOWN_SETS = {
     "wildfire_smoke": KnownSet("Wildfire Smoke", _ROBOFLOW, 737, 1),
     "coco": KnownSet("COCO 2017", "https://cocodataset.org", 123_287, 80),
     "lvis": KnownSet("LVIS v1", "https://www.lvisdataset.org", 119_979, 1203),
-    "objects365": KnownSet("Objects365 v2", "https://www.objects365.org", 1_822_351, 365),
+    "objects365": KnownSet("Objects365 v2", "https://www.objects365.org", 1_822_292, 365),
     "open_images": KnownSet(
         "OpenImages v4 to v7", "https://storage.googleapis.com/openimages", 1_910_098, 600
     ),
 }
 """The sets that have a name of their own, which is that of their folder; of the first eleven the
-figures are Florence's (table 5)."""
+figures are Florence's (3.6)."""
 
 
 def open_detection_set(spec: str, *, split: str, root: Path) -> DetectionSet:

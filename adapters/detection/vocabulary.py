@@ -2,22 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from adapters.detection.detection_set import Annotations
+from adapters.detection.detection_set import Annotations, DetectionSet
 from unicl.data.hash_table import text_label
 from unicl.data.sources import class_name
-
-
-class Named(Protocol):
-    """What has classes with names: a `DetectionSet`."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name per class."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +17,11 @@ class Vocabulary:
 
     names: tuple[str, ...]
     """One name per class, as the first set that has it spells it."""
-    numbers: tuple[Int64[np.ndarray, " set_classes"], ...]
+    numbers: tuple[Int64[np.ndarray, " _"], ...]
     """Of each set, the number here of each of its classes."""
 
     @staticmethod
-    def join(sets: Sequence[Named]) -> "Vocabulary":
+    def join(sets: Sequence[DetectionSet]) -> "Vocabulary":
         """Join the classes of sets, in the order in which they come.
 
         Names are one if the text hash table gives them one label in lower case, `_` as a space:
