@@ -40,6 +40,12 @@ class Vocabulary:
             numbers.append(np.array(found, np.int64))
         return Vocabulary(tuple(names), tuple(numbers))
 
+    @staticmethod
+    def of_objects(sets: Sequence[Named]) -> "Vocabulary":
+        """Take the objects of all classes for one class."""
+        numbers = tuple(np.zeros(len(each.class_names), np.int64) for each in sets)
+        return Vocabulary(("object",), numbers)
+
     def judged(self, set_number: int, annotations: Annotations) -> Bool[np.ndarray, " classes"]:
         """Return which classes were looked for in an image of a set.
 
