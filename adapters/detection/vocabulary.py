@@ -2,13 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from adapters.detection.detection_set import Annotations, DetectionSet
+from adapters.detection.detection_set import Annotations
 from unicl.data.hash_table import text_label
 from unicl.data.sources import class_name
+
+
+@runtime_checkable
+class Named(Protocol):
+    """What has classes with names, such as a set or a detector's configuration."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Vocabulary:
     """Of each set, the number here of each of its classes."""
 
     @staticmethod
-    def join(sets: Sequence[DetectionSet]) -> "Vocabulary":
+    def join(sets: Sequence[Named]) -> "Vocabulary":
         """Join the classes of sets, in the order in which they come.
 
         Names are one if the text hash table gives them one label in lower case, `_` as a space:
