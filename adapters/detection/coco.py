@@ -226,7 +226,7 @@ def _image_id(path: Path, image: dict[str, Any]) -> int | str:
 
 
 def _image_ids(ids: list[Any]) -> Int64[np.ndarray, " num_images"]:
-    if all(isinstance(each, int) for each in ids):
+    if all(isinstance(each, int) and abs(each) < 2**63 for each in ids):
         return np.array(ids, np.int64)
     return np.arange(1, len(ids) + 1)
 
@@ -238,7 +238,8 @@ def _first_repeated(ids: Sequence[Any]) -> Any:
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
     found = image.get("height"), image.get("width")
-    height, width = (int(each) if isinstance(each, int | float) else 0 for each in found)
+    known = (isinstance(each, int | float) and 0 < each < 2**31 for each in found)
+    height, width = (int(each) if good else 0 for each, good in zip(found, known, strict=True))
     return height, width
 
 
@@ -249,6 +250,10 @@ def _file_name(path: Path, image: dict[str, Any]) -> str:
         name = "/".join(str(image["coco_url"]).split("/")[-2:])
     if not isinstance(name, str) or not name:
         raise UniclError(f"{path}: image {image['id']!r} has no file_name")
+    try:
+        os.fsencode(name)
+    except ValueError as error:
+        raise UniclError(f"{path}: {name!r} of image {image['id']!r} is no file name") from error
     return name
 
 

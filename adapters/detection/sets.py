@@ -118,8 +118,7 @@ def _open(path: Path, *, name: str, split: str) -> DetectionSet:
         return open_coco(path, name=name, split="")
     opener = _opener(path, name)
     if opener is None:
-        inner = sorted(each for each in path.iterdir() if visible_folder(each))
-        found = {each: opened for each in inner if (opened := _inner_opener(each, name))}
+        found = {each: opened for each in _folders(path) if (opened := _inner_opener(each, name))}
         if len(found) > 1:
             raise UsageError(
                 f"{path} has several sets: {', '.join(each.name for each in found)}; give one of "
@@ -134,8 +133,15 @@ def _open(path: Path, *, name: str, split: str) -> DetectionSet:
 def _inner_opener(folder: Path, name: str) -> Callable[[str], DetectionSet] | None:
     """Look into a folder, and into the one folder in it, as ODinW's are packed."""
     opener = _opener(folder, name)
-    inner = [each for each in folder.iterdir() if visible_folder(each)]
+    inner = _folders(folder)
     return _opener(inner[0], name) if opener is None and len(inner) == 1 else opener
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(each for each in folder.iterdir() if visible_folder(each))
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _opener(folder: Path, name: str) -> Callable[[str], DetectionSet] | None:

@@ -108,6 +108,13 @@ def test_unknown_sizes_cut_nothing(tmp_path):
     assert found.boxes.tolist() == [[0, 10, 95, 110]]
 
 
+@pytest.mark.parametrize("size", [math.nan, math.inf, -3, "40", 2**40, [1]])
+def test_sizes_that_are_none(tmp_path, size):
+    picture(tmp_path / "a.jpg")
+    found = opened(write(tmp_path / "x.json", [image(1, "a.jpg", size)], [box(1, 1, 3)]))
+    assert found.sizes.tolist() == [[30, 0]]
+
+
 def test_no_box_that_can_be_used(tmp_path):
     with pytest.raises(UsageError, match=r"none of the 2 boxes of .*boxes.json can be used \(un"):
         annotated(tmp_path, box(1, "5", 3), box(2, "2", 3))
@@ -146,11 +153,12 @@ def test_ids_that_are_none(tmp_path):
 
 
 def test_ids_of_images_that_are_texts(tmp_path):
-    images = [image("f0", "a.jpg"), image("b7", "b.jpg")]
-    path = write(tmp_path / "x.json", images, [box(1, "b7", 3)], pictures=tmp_path)
-    found = opened(path)
-    assert found.image_ids.tolist() == [1, 2]
-    assert found.offsets.tolist() == [0, 0, 1]
+    for first, second in (("f0", "b7"), (3, "b7"), (2**63, 5)):
+        images = [image(first, "a.jpg"), image(second, "b.jpg")]
+        path = write(tmp_path / "x.json", images, [box(1, second, 3)], pictures=tmp_path)
+        found = opened(path)
+        assert found.image_ids.tolist() == [1, 2]
+        assert found.offsets.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,10 @@ def test_ids_of_images_that_are_texts(tmp_path):
             "has annotations inside of others",
         ),
         ('{"images": [{"id": 1}], "categories": []}', "image 1 has no file_name"),
+        (
+            '{"images": [{"id": 1, "file_name": "\\ud800"}], "categories": []}',
+            "of image 1 is no file name",
+        ),
     ],
 )
 def test_what_is_no_such_file(tmp_path, text, message):
