@@ -237,10 +237,11 @@ def _first_repeated(ids: Sequence[Any]) -> Any:
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
-    found = image.get("height"), image.get("width")
-    known = (isinstance(each, int | float) and 0 < each < 2**31 for each in found)
-    height, width = (int(each) if good else 0 for each, good in zip(found, known, strict=True))
-    return height, width
+    return _side(image.get("height")), _side(image.get("width"))
+
+
+def _side(found: object) -> int:
+    return int(found) if isinstance(found, int | float) and 0 < found < 2**31 else 0
 
 
 def _file_name(path: Path, image: dict[str, Any]) -> str:

@@ -51,6 +51,19 @@ def test_a_file(tmp_path):
     assert found.where == (tmp_path / "boxes.json").absolute()
 
 
+def test_boxes_keep_their_order(tmp_path):
+    random = np.random.default_rng(0)
+    owners = random.choice([5, 2], 200).tolist()
+    lefts = random.integers(0, 30, 200).tolist()
+    rows = zip(owners, lefts, strict=True)
+    found = annotated(
+        tmp_path, *(box(place, owner, 3, [x, 0, 1, 1]) for place, (owner, x) in enumerate(rows))
+    )
+    for index, image_id in enumerate([5, 2]):
+        expected = [x for owner, x in zip(owners, lefts, strict=True) if owner == image_id]
+        assert found.of(index).boxes[:, 0].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("bbox", "reason"),
     [

@@ -9,7 +9,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from adapters.detection.coco import open_coco
 from adapters.detection.metrics import AGNOSTIC, agnostic, coco_metrics, to_coco
+from tests.adapters.detection.layouts import picture, write
 from unicl.errors import UniclError
 
 KEYS = [
@@ -22,7 +24,7 @@ def drawn(seed, *, num_images=30, num_categories=4):
     """Draw objects of all sizes, and detections near to them and elsewhere."""
     random = np.random.default_rng(seed)
     truth = {
-        "images": [{"id": 10 * each, "height": 300, "width": 400} for each in range(num_images)],
+        "images": [{"id": 10 * each, "height": 400, "width": 400} for each in range(num_images)],
         "categories": [{"id": 2 * each, "name": f"c{each}"} for each in range(num_categories)],
         "annotations": [],
     }
@@ -85,6 +87,18 @@ def test_equal_to_pycocotools(implementation, seed):
     found = coco_metrics(truth, results)
     assert found == pytest.approx(expected, abs=1e-12)
     assert 0.05 < found["ap"] < 0.95
+
+
+def test_equal_to_pycocotools_on_a_file(implementation, tmp_path):
+    truth, results = drawn(5)
+    for each in truth["annotations"]:
+        each["bbox"] = [round(side, 2) for side in each["bbox"]]
+    picture(tmp_path / "a.jpg")
+    images = [{**each, "file_name": "a.jpg"} for each in truth["images"]]
+    path = write(tmp_path / "x.json", images, truth["annotations"], truth["categories"])
+    stats = zip(KEYS, pycocotools_stats(truth, results).stats, strict=True)
+    found = coco_metrics(open_coco(path, name="it", split="").truth(), results)
+    assert found == pytest.approx({key: value for key, value in stats if value != -1}, abs=1e-12)
 
 
 def test_per_class(implementation):

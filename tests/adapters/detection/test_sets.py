@@ -57,6 +57,12 @@ def test_odinw(tmp_path):
     assert (found.split, found.name, found.num_images) == ("", str(path), 1)
 
 
+def test_excerpts_are_no_part(tmp_path):
+    for name in ("boxes", "fewshot_train_shot1_seed3"):
+        part(tmp_path / f"train/{name}.json", pictures=tmp_path / "train")
+    assert opened(tmp_path).where.name == "boxes.json"
+
+
 def test_odinw_in_one_folder(tmp_path):
     for split in ("train", "val", "test"):
         path = tmp_path / "export" / f"{split}_annotations_without_background.json"
