@@ -4,7 +4,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from jaxtyping import Int64
 
 from adapters.detection.box_table import NO_BOX, NOT_FOUR_NUMBERS, Arranged, BoxTable
 from adapters.detection.detection_set import DetectionSet, Judged, ListedFiles
-from unicl.data.image_sets import MissingSetError
+from adapters.detection.image_places import locate_images
 from unicl.data.sources import class_name
 from unicl.errors import UniclError, UsageError
 
 _PART_FOLDERS = ("train", "val", "valid", "validation", "test")
-_LOOKS = 100
 
 
 def open_coco(path: Path, *, name: str, split: str) -> DetectionSet:
@@ -49,7 +48,7 @@ def open_coco(path: Path, *, name: str, split: str) -> DetectionSet:
     numbers = {category: number for number, category in enumerate(categories)}
     sizes = np.array([_size(image) for image in found.images], np.int32).reshape(-1, 2)
     arranged = found.boxes.table(rows, numbers).arrange(sizes, path)
-    folder, names = _locate(path, [_file_name(path, image) for image in found.images])
+    folder, names = locate_images(path, [_file_name(path, image) for image in found.images])
     return DetectionSet(
         name=name,
         split=split,
@@ -283,45 +282,3 @@ def _pairs(
         if category in numbers
     ]
     return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-def _locate(path: Path, names: list[str]) -> tuple[Path, list[str]]:
-    """Return the folder that most images lie in, and their paths in it.
-
-    Objects365 names images by more folders than people unpack; what is cut off must not make two
-    names one.
-    """
-    best, folder, chosen = 0, path.parent, names
-    for shortened in _shortened(names):
-        looks = shortened[:: -(-len(names) // _LOOKS)]
-        for place in _places(path):
-            count = sum(os.path.isfile(place / name) for name in looks)
-            if count > best:
-                best, folder, chosen = count, place, shortened
-            if best == len(looks):
-                return folder, chosen
-    if not best:
-        raise MissingSetError(
-            f"none of the images of {path} is there, such as {names[0]}; put them into "
-            f"{path.parent} or {path.parent / 'images'}"
-        )
-    return folder, chosen
-
-
-def _shortened(names: list[str]) -> Iterator[list[str]]:
-    yield names
-    for depth in (2, 1):
-        found = ["/".join(name.split("/")[-depth:]) for name in names]
-        if found != names and len(set(found)) == len(found):
-            yield found
-
-
-def _places(path: Path) -> list[Path]:
-    stem, above = path.stem, path.parent.parent
-    words = [stem, "images", *re.split(r"[_.\-]", stem), path.parent.name]
-    places = [path.parent, *(path.parent / word for word in words), above]
-    places += [above / word for word in words]
-    places += [above / "images" / word for word in words]
-    # LVIS's images are COCO's.
-    places += [above / "coco", above.parent / "coco"]
-    return list(dict.fromkeys(places))

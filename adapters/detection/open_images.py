@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from adapters.detection.box_table import UNREAD_IMAGE, BoxTable
 from adapters.detection.detection_set import DetectionSet, Judged, ListedFiles
+from adapters.detection.image_places import fullest
 from adapters.detection.image_sizes import read_sizes
 from unicl.data.image_sets import MissingSetError
 from unicl.data.image_sets.image_set import choose_split
@@ -166,14 +167,13 @@ def _images(folder: Path, part: str, names: list[str]) -> Path:
         for own in _PARTS[part]
         for each in (folder / own, folder / "images" / own, folder / own / "images")
     ]
-    looks = names[:: -(-len(names) // 100)] if names else []
-    counts = [sum((place / name).is_file() for name in looks) for place in places]
-    if not any(counts):
+    count, place = fullest(places, names)
+    if not count:
         shown = names[0] if names else "ID.jpg"
         raise MissingSetError(
-            f"none of the images is there, such as {shown}; put them in {places[0]}"
+            f"none of the images is there, such as {shown}; put them into {place}"
         )
-    return places[counts.index(max(counts))]
+    return place
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
