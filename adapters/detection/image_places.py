@@ -23,14 +23,14 @@ def locate_images(path: Path, names: list[str]) -> tuple[Path, list[str]]:
     Raises:
         MissingSetError: None is there.
     """
-    found = [(*fullest(_places(path), each), each) for each in _shortened(names)]
-    count, folder, chosen = max(found, key=lambda each: each[0])
-    if not count:
-        raise MissingSetError(
-            f"none of the images of {path} is there, such as {names[0]}; put them into "
-            f"{path.parent} or {path.parent / 'images'}"
-        )
-    return folder, chosen
+    for chosen in _shortened(names):
+        count, folder = fullest(_places(path), chosen)
+        if count:
+            return folder, chosen
+    raise MissingSetError(
+        f"none of the images of {path} is there, such as {names[0]}; put them into {path.parent} "
+        f"or {path.parent / 'images'}"
+    )
 
 
 def fullest(places: Sequence[Path], names: Sequence[str]) -> tuple[int, Path]:
