@@ -104,9 +104,7 @@ def measure(*, quick: bool) -> Result:
             _share("AP50, names shuffled", found["names shuffled"]["ap50"], 0.1, "at most"),
             _share("AR@100 of class-agnostic proposals", recall, None),
             _share("AP50, zero-shot, held-out names, cut out", held_out["ap50"], 0.5),
-            _share(
-                "AP50, emoji, seen names, 1,000 steps", found["emoji, seen names"]["ap50"], None
-            ),
+            _share("AP50, emoji, 1,000 steps", found["emoji, seen names"]["ap50"], None),
         ],
         tables={
             "Detection by name": [{"names": k, **_figures(v)} for k, v in found.items()],

@@ -1,6 +1,7 @@
 """The detector: two towers, a pyramid, a Dynamic Head, and what predicts at each place."""
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -134,14 +135,14 @@ class _Predictor(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
         for layer in (self.classes, self.boxes, self.centerness):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(cast(Tensor, layer.bias), 0.0)
         bias = -math.log((1 - _PRIOR) / _PRIOR)
         self.by_text = by_text
         if by_text:
             self.log_scale = nn.Parameter(torch.tensor([math.log(_INITIAL_SCALE)]))
             self.bias = nn.Parameter(torch.tensor([bias]))
         else:
-            nn.init.constant_(self.classes.bias, bias)
+            nn.init.constant_(cast(Tensor, self.classes.bias), bias)
 
     def class_fit(self) -> Float[Tensor, "2"]:
         return torch.cat([self.log_scale.float().exp(), self.bias.float()])
