@@ -70,7 +70,7 @@ class DetectionConfig:
         for name in positive:
             _require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
         _require(self.width % 16 == 0, "width", "must be a multiple of 16", self.width)
-        _require(1 <= self.num_levels <= 5, "num_levels", "must lie in [1, 5]", self.num_levels)
+        _require(3 <= self.num_levels <= 5, "num_levels", "must lie in [3, 5]", self.num_levels)
         threshold = self.score_threshold
         _require(0 <= threshold < 1, "score_threshold", "must lie in [0, 1)", threshold)
         for name in ("min_sizes", "test_sizes"):
