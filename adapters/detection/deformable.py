@@ -50,7 +50,7 @@ def deform_conv(
 
 
 class Sampling:
-    """Where the taps of deformable convolutions read, and how much; one for several maps.
+    """Where the taps of deformable convolutions read, and how much; for several maps of one pass.
 
     Args:
         offset: As in `deform_conv`.
@@ -139,9 +139,10 @@ class Sampling:
         n, _, height, width = self.mask.shape
         offset = self.offset.view(n, _TAPS, 2, height, width).permute(2, 1, 0, 3, 4)
         steps = torch.arange(-1, 2)
-        start_y = torch.arange(height)[:, None] * self.stride + steps.repeat_interleave(3)[
-            :, None, None, None
-        ]
+        start_y = (
+            torch.arange(height)[:, None] * self.stride
+            + steps.repeat_interleave(3)[:, None, None, None]
+        )
         start_x = torch.arange(width) * self.stride + steps.repeat(3)[:, None, None, None]
         rows, parts_y = _neighbours(offset[0] + start_y, self.size[0])
         columns, parts_x = _neighbours(offset[1] + start_x, self.size[1])
@@ -255,7 +256,9 @@ class _ProductsSampled(torch.autograd.Function):
 
 
 def _bags(
-    rows: Float[Tensor, "rows c"], corners: Int[Tensor, "places 4"], gains: Float[Tensor, "places 4"]
+    rows: Float[Tensor, "rows c"],
+    corners: Int[Tensor, "places 4"],
+    gains: Float[Tensor, "places 4"],
 ) -> Float[Tensor, "places c"]:
     """Sum four rows for each place."""
     return F.embedding_bag(corners, rows, per_sample_weights=gains, mode="sum")
@@ -286,9 +289,7 @@ def _neighbours(
     return pixels.nan_to_num().clamp(0, size - 1).int(), parts
 
 
-def _resized_rows(
-    maps: Float[Tensor, "n h w c"], size: tuple[int, int]
-) -> Float[Tensor, "rows c"]:
+def _resized_rows(maps: Float[Tensor, "n h w c"], size: tuple[int, int]) -> Float[Tensor, "rows c"]:
     return _resized(maps.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(0, 2)
 
 
