@@ -78,7 +78,7 @@ class _LastLevelP6(ExtraFPNBlock):
         super().__init__()
         self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         nn.init.kaiming_uniform_(self.p6.weight, a=1)
-        nn.init.zeros_(self.p6.bias)
+        nn.init.zeros_(self.p6.bias)  # type: ignore[arg-type]
 
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
