@@ -1,6 +1,7 @@
 """Dynamic Head (Dai et al. 2021): the three attentions of Florence's object-level adapter (2.4)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -56,9 +57,7 @@ class DynamicHead(nn.Module):
             DynamicHeadBlock(channels, released_offsets=released_offsets) for _ in range(num_blocks)
         )
 
-    def forward(
-        self, levels: list[Float[Tensor, "n c _ _"]]
-    ) -> list[Float[Tensor, "n c _ _"]]:
+    def forward(self, levels: list[Float[Tensor, "n c _ _"]]) -> list[Float[Tensor, "n c _ _"]]:
         """Return levels of the same sizes.
 
         Args:
@@ -94,17 +93,14 @@ class DynamicHeadBlock(nn.Module):
         self.released_offsets = released_offsets
         # The convolutions of the coarser level, of this one and of the finer one, in that order.
         self.DyConv = nn.ModuleList(DeformConvNorm(channels) for _ in range(3))
-        self.AttnConv = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 1, 1), nn.ReLU()
-        )
+        attention = nn.Conv2d(channels, 1, 1)
+        nn.init.normal_(attention.weight, std=0.01)
+        nn.init.zeros_(attention.bias)  # type: ignore[arg-type]
+        self.AttnConv = nn.Sequential(nn.AdaptiveAvgPool2d(1), attention, nn.ReLU())
         self.relu = DynamicReLU(channels)
         self.offset = nn.Conv2d(channels, 27, 3, padding=1)
-        nn.init.normal_(self.AttnConv[1].weight, std=0.01)
-        nn.init.zeros_(self.AttnConv[1].bias)
 
-    def forward(
-        self, levels: list[Float[Tensor, "n c _ _"]]
-    ) -> list[Float[Tensor, "n c _ _"]]:
+    def forward(self, levels: list[Float[Tensor, "n c _ _"]]) -> list[Float[Tensor, "n c _ _"]]:
         """Mix every level with its neighbours."""
         # Sampling reads whole pixels; this is also what convolutions are fastest with.
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
@@ -195,7 +191,7 @@ def _size(level: Tensor) -> tuple[int, int]:
 
 
 def _check_sizes(levels: Sequence[Tensor]) -> None:
-    for below, above in zip(levels, levels[1:], strict=False):
+    for below, above in pairwise(levels):
         half = tuple((side + 1) // 2 for side in _size(below))
         if _size(above) != half:
             raise ValueError(
