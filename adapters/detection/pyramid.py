@@ -22,8 +22,7 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: Channels of the tower's maps of strides 8, 16 and 32.
         channels: Channels of every level.
-        num_levels: Levels, from stride 8 on; the coarser maps have part in them even where there
-            are fewer than three.
+        num_levels: 3 for P3 to P5, 4 or 5 for P6 and P7, too.
 
     Raises:
         UsageError: There are not three maps, or no such number of levels.
@@ -38,9 +37,10 @@ class FeaturePyramid(nn.Module):
                 f"a pyramid is made of {_NUM_MAPS} maps of strides 8, 16 and 32, "
                 f"got {len(in_channels)}"
             )
-        if not 1 <= num_levels <= _MOST_LEVELS:
-            raise UsageError(f"a pyramid has 1 to {_MOST_LEVELS} levels, got {num_levels}")
-        self.num_levels = num_levels
+        if not _NUM_MAPS <= num_levels <= _MOST_LEVELS:
+            raise UsageError(
+                f"a pyramid has {_NUM_MAPS} to {_MOST_LEVELS} levels, got {num_levels}"
+            )
         self.norms = nn.ModuleList(nn.LayerNorm(count) for count in in_channels)
         extra: ExtraFPNBlock | None = None
         if num_levels == _NUM_MAPS + 1:
@@ -49,8 +49,6 @@ class FeaturePyramid(nn.Module):
             # Made of P5, as both have the same channels.
             extra = LastLevelP6P7(channels, channels)
         self.fpn = FeaturePyramidNetwork(list(in_channels), channels, extra_blocks=extra)
-        for unused in range(num_levels, _NUM_MAPS):
-            self.fpn.layer_blocks[unused] = nn.Identity()
 
     def forward(self, maps: Sequence[Float[Tensor, "n _ _ _"]]) -> list[Float[Tensor, "n c _ _"]]:
         """Return the levels, finest first.
@@ -62,7 +60,7 @@ class FeaturePyramid(nn.Module):
             str(index): norm(each.movedim(1, -1)).movedim(-1, 1)
             for index, (norm, each) in enumerate(zip(self.norms, maps, strict=True))
         }
-        return list(self.fpn(normed).values())[: self.num_levels]
+        return list(self.fpn(normed).values())
 
 
 def level_sizes(height: int, width: int, num_levels: int) -> list[tuple[int, int]]:
