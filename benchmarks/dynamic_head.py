@@ -37,10 +37,11 @@ class _Sizes:
     width: int
     num_blocks: int
     repeats: int
+    warm_up: int
 
 
-_FULL = _Sizes(640, "coswin_tiny", "swin_tiny_patch4_window7_224", 256, 6, 7)
-_QUICK = _Sizes(64, "coswin_nano", "test_resnet", 32, 1, 1)
+_FULL = _Sizes(640, "coswin_tiny", "swin_tiny_patch4_window7_224", 256, 6, 7, 2)
+_QUICK = _Sizes(64, "coswin_nano", "test_resnet", 32, 1, 1, 0)
 
 
 def measure(*, quick: bool) -> Result:
@@ -52,7 +53,11 @@ def measure(*, quick: bool) -> Result:
     objects = _objects(sizes.side)
     bars, parts, rates = [], [], []
     for precision in ("fp32", "bf16"):
-        of_parts = compare(_parts(detector, images, objects, precision), repeats=sizes.repeats)
+        of_parts = compare(
+            _parts(detector, images, objects, precision),
+            repeats=sizes.repeats,
+            warm_up=sizes.warm_up,
+        )
         totals = [sum(walls) for walls in zip(*(t.wall for t in of_parts.values()), strict=True)]
         shares = {
             name: [100 * wall / total for wall, total in zip(timing.wall, totals, strict=True)]
@@ -80,6 +85,7 @@ def measure(*, quick: bool) -> Result:
                 "RetinaNet": _step(peer, partial(_peer_loss, peer, images, objects), precision),
             },
             repeats=sizes.repeats,
+            warm_up=sizes.warm_up,
         )
         bars.append(
             _gain(
@@ -243,6 +249,7 @@ def _convolutions(sizes: _Sizes) -> tuple[list[dict[str, object]], list[Bar]]:
                 for name, conv in (("ours", _own_conv), ("torchvision", _peer_conv))
             },
             repeats=min(3, sizes.repeats),
+            warm_up=sizes.warm_up,
         )
         bars.append(
             _gain(

@@ -1,8 +1,8 @@
 """Modulated deformable 3x3 convolution (Zhu et al. 2019), fast on a CPU, too.
 
 On a GPU it is torchvision's. On a CPU that one takes five to ten times as long as a convolution; so
-there a tap's sample is a bag of the four rows around it, and the taps are sampled and multiplied
-one after the other: what one of them needs stays in the caches, and none of it is kept.
+there a sample is a bag of the four rows around it, and of a large map few taps are sampled and
+multiplied at a time: what they need stays in the caches, and none of it is kept.
 """
 
 from functools import cached_property
@@ -17,9 +17,9 @@ from torchvision.ops import deform_conv2d
 
 _TAPS = 9
 
-# Places that go together. Arrays of more than 32 MiB are fetched from the kernel page by page, each
+# Samples that go together. Arrays above 32 MiB are fetched from the kernel page by page, each
 # time anew, which takes longer than what is done with them.
-_MOST_PLACES = 1 << 14
+_MOST_SAMPLES = 1 << 14
 
 
 def deform_conv(
@@ -105,7 +105,7 @@ class Sampling:
     def _together(self) -> int:
         """How many images go together."""
         places = max(self.mask.shape[2] * self.mask.shape[3], self.size[0] * self.size[1])
-        return max(1, _MOST_PLACES // places)
+        return max(1, _MOST_SAMPLES // places)
 
     @cached_property
     def _parts(self) -> list["Sampling"]:
@@ -125,17 +125,20 @@ class Sampling:
         if 2 * x.shape[2] * x.shape[3] > self.size[0] * self.size[1]:
             # No fewer products before resizing than after sampling; those are not made twice.
             function, x = _SamplesMultiplied, _resized(x, self.size)
-        corners, gains = self._corners
+        groups = len(self._corners[0])
         maps = _precise(x).permute(0, 2, 3, 1).contiguous()
-        kernels = _precise(weight).permute(2, 3, 1, 0).flatten(0, 1).contiguous()
+        kernels = _precise(weight).permute(2, 3, 1, 0)
+        kernels = kernels.reshape(groups, _TAPS // groups, *kernels.shape[2:])
         with torch.autocast("cpu", enabled=False):
-            rows = function.apply(maps, gains, kernels, corners, *self._order, self.size, dtype)
+            rows = function.apply(maps, kernels, *self._corners, *self._order, self.size, dtype)
         n, _, height, width = self.mask.shape
         return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
     @cached_property
-    def _corners(self) -> tuple[Int[Tensor, "9 places 4"], Float[Tensor, "9 places 4"]]:
-        """The rows of the map around each sample, and their parts in it."""
+    def _corners(
+        self,
+    ) -> tuple[Int[Tensor, "groups places taps 4"], Float[Tensor, "groups places taps 4"]]:
+        """The rows of the map around each sample, and their parts in it; by groups of taps."""
         n, _, height, width = self.mask.shape
         offset = self.offset.view(n, _TAPS, 2, height, width).permute(2, 1, 0, 3, 4)
         steps = torch.arange(-1, 2)
@@ -147,21 +150,31 @@ class Sampling:
         rows, parts_y = _neighbours(offset[0] + start_y, self.size[0])
         columns, parts_x = _neighbours(offset[1] + start_x, self.size[1])
         parts_y = parts_y * self.mask.transpose(0, 1)[..., None]
-        gains = (parts_y[..., :, None] * parts_x[..., None, :]).reshape(_TAPS, -1, 4)
+        gains = parts_y[..., :, None] * parts_x[..., None, :]
         first = torch.arange(n, dtype=torch.int32)[:, None, None, None] * self.size[0]
         corners = (rows + first)[..., :, None] * self.size[1] + columns[..., None, :]
-        return corners.reshape(_TAPS, -1, 4), gains
+        places = n * height * width
+        taps = next(taps for taps in (9, 3, 1) if taps == 1 or taps * places <= _MOST_SAMPLES)
+        grouped = (_TAPS // taps, taps, places, 4)
+        return (
+            corners.reshape(grouped).transpose(1, 2).contiguous(),
+            gains.reshape(grouped).transpose(1, 2).contiguous(),
+        )
 
     @cached_property
-    def _order(self) -> tuple[Int[Tensor, "9 corners"] | None, Int[Tensor, "9 rows"] | None]:
-        """The corners by the row that they are, and where each row's begin; for gradients."""
+    def _order(self) -> tuple[Int[Tensor, "groups corners"] | None, Int[Tensor, "groups _"] | None]:
+        """Where the corners are when sorted by row and tap, and where each of those begins.
+
+        None without a graph: this is for gradients.
+        """
         if not torch.is_grad_enabled():
             return None, None
         corners, _ = self._corners
-        by_row, order = corners.flatten(1).sort(dim=1)
+        groups, _, taps, _ = corners.shape
+        keys, order = _by_tap(corners).flatten(1).sort(dim=1)
         num_rows = len(self.mask) * self.size[0] * self.size[1]
-        rows = torch.arange(num_rows, dtype=torch.int32).expand(_TAPS, -1)
-        return order, torch.searchsorted(by_row, rows.contiguous())
+        every = torch.arange(num_rows * taps, dtype=torch.int32).expand(groups, -1)
+        return order, torch.searchsorted(keys, every.contiguous())
 
 
 class _SamplesMultiplied(torch.autograd.Function):
@@ -172,38 +185,44 @@ class _SamplesMultiplied(torch.autograd.Function):
     def forward(
         ctx: Any,
         maps: Float[Tensor, "n h w c"],
-        gains: Float[Tensor, "9 places 4"],
-        kernels: Float[Tensor, "9 c out"],
-        corners: Int[Tensor, "9 places 4"],
-        order: Int[Tensor, "9 corners"] | None,
-        starts: Int[Tensor, "9 rows"] | None,
+        kernels: Float[Tensor, "groups taps c out"],
+        corners: Int[Tensor, "groups places taps 4"],
+        gains: Float[Tensor, "groups places taps 4"],
+        order: Int[Tensor, "groups _"] | None,
+        starts: Int[Tensor, "groups _"] | None,
         size: tuple[int, int],
         dtype: torch.dtype,
     ) -> Float[Tensor, "places out"]:
-        ctx.save_for_backward(maps, gains, kernels, corners, order, starts)
+        ctx.save_for_backward(maps, kernels, corners, gains, order, starts)
         ctx.dtype = dtype
         rows = maps.flatten(0, 2)
-        out = maps.new_zeros(corners.shape[1], kernels.shape[2])
+        out = maps.new_zeros(corners.shape[1], kernels.shape[-1])
         for corner, gain, kernel in zip(corners, gains, kernels.to(dtype), strict=True):
-            out += _bags(rows, corner, gain).to(dtype) @ kernel
+            samples = _bags(rows, corner.flatten(0, 1), gain.flatten(0, 1))
+            out += samples.to(dtype).view(len(out), -1) @ kernel.flatten(0, 1)
         return out
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Float[Tensor, "places out"]) -> tuple[Tensor | None, ...]:
-        maps, gains, kernels, corners, order, starts = ctx.saved_tensors
+        maps, kernels, corners, gains, order, starts = ctx.saved_tensors
+        taps = kernels.shape[1]
         rows = maps.flatten(0, 2)
         reduced = gradient.to(ctx.dtype)
-        of_rows, of_gains, of_kernels = map(torch.zeros_like, (rows, gains, kernels))
-        for tap, kernel in enumerate(kernels.to(ctx.dtype)):
+        of_rows, of_kernels, of_gains = map(torch.zeros_like, (rows, kernels, gains))
+        for group, kernel in enumerate(kernels.to(ctx.dtype).flatten(1, 2)):
             with torch.enable_grad():
-                gain = gains[tap].detach().requires_grad_()
-                samples = _bags(rows, corners[tap], gain)
-            of_kernels[tap] = samples.detach().to(ctx.dtype).T @ reduced
-            of_samples = (reduced @ kernel.T).to(rows.dtype)
-            (of_gains[tap],) = torch.autograd.grad(samples, gain, of_samples)
-            of_rows += _collected(of_samples, gains[tap], order[tap], starts[tap])
-        return of_rows.view_as(maps), of_gains, of_kernels, None, None, None, None, None
+                gain = gains[group].flatten(0, 1).detach().requires_grad_()
+                samples = _bags(rows, corners[group].flatten(0, 1), gain)
+            multiplied = samples.detach().to(ctx.dtype).view(len(reduced), -1)
+            of_kernels[group] = (multiplied.T @ reduced).view_as(of_kernels[group])
+            of_samples = (reduced @ kernel.T).to(rows.dtype).view_as(samples)
+            (of_gain,) = torch.autograd.grad(samples, gain, of_samples)
+            of_gains[group] = of_gain.view_as(of_gains[group])
+            # A row's taps are neighbours.
+            begins = starts[group, ::taps].contiguous()
+            of_rows += _collected(of_samples, gain.detach(), order[group], begins)
+        return of_rows.view_as(maps), of_kernels, None, of_gains, None, None, None, None
 
 
 class _ProductsSampled(torch.autograd.Function):
@@ -217,63 +236,82 @@ class _ProductsSampled(torch.autograd.Function):
     def forward(
         ctx: Any,
         maps: Float[Tensor, "n h w c"],
-        gains: Float[Tensor, "9 places 4"],
-        kernels: Float[Tensor, "9 c out"],
-        corners: Int[Tensor, "9 places 4"],
-        order: Int[Tensor, "9 corners"] | None,
-        starts: Int[Tensor, "9 rows"] | None,
+        kernels: Float[Tensor, "groups taps c out"],
+        corners: Int[Tensor, "groups places taps 4"],
+        gains: Float[Tensor, "groups places taps 4"],
+        order: Int[Tensor, "groups _"] | None,
+        starts: Int[Tensor, "groups _"] | None,
         size: tuple[int, int],
         dtype: torch.dtype,
     ) -> Float[Tensor, "places out"]:
-        ctx.save_for_backward(maps, gains, kernels, corners, order, starts)
+        ctx.save_for_backward(maps, kernels, corners, gains, order, starts)
         ctx.size, ctx.dtype = size, dtype
         reduced = maps.to(dtype)
-        out = maps.new_zeros(corners.shape[1], kernels.shape[2])
-        for corner, gain, kernel in zip(corners, gains, kernels.to(dtype), strict=True):
-            products = (reduced @ kernel).to(maps.dtype)
-            out += _bags(_resized_rows(products, size), corner, gain)
+        out = maps.new_zeros(corners.shape[1], kernels.shape[-1])
+        keys = _by_tap(corners).flatten(2)
+        for key, gain, kernel in zip(keys, gains.flatten(2), kernels.to(dtype), strict=True):
+            products = (reduced @ _side_by_side(kernel)).to(maps.dtype)
+            out += _bags(_resized_rows(products, size, len(kernel)), key, gain)
         return out
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Float[Tensor, "places out"]) -> tuple[Tensor | None, ...]:
-        maps, gains, kernels, corners, order, starts = ctx.saved_tensors
+        maps, kernels, corners, gains, order, starts = ctx.saved_tensors
+        taps, out = kernels.shape[1], kernels.shape[-1]
         reduced = maps.to(ctx.dtype)
-        of_maps, of_gains, of_kernels = map(torch.zeros_like, (maps, gains, kernels))
-        for tap, kernel in enumerate(kernels.to(ctx.dtype)):
+        of_maps, of_kernels, of_gains = map(torch.zeros_like, (maps, kernels, gains))
+        keys = _by_tap(corners).flatten(2)
+        for group, each in enumerate(kernels.to(ctx.dtype)):
+            kernel = _side_by_side(each)
             products = (reduced @ kernel).to(maps.dtype).requires_grad_()
             with torch.enable_grad():
-                rows = _resized_rows(products, ctx.size)
-                gain = gains[tap].detach().requires_grad_()
-                samples = _bags(rows.detach(), corners[tap], gain)
-            (of_gains[tap],) = torch.autograd.grad(samples, gain, gradient)
-            of_rows = _collected(gradient, gains[tap], order[tap], starts[tap])
+                rows = _resized_rows(products, ctx.size, taps)
+                gain = gains[group].flatten(1).detach().requires_grad_()
+                samples = _bags(rows.detach(), keys[group], gain)
+            (of_gain,) = torch.autograd.grad(samples, gain, gradient)
+            of_gains[group] = of_gain.view_as(of_gains[group])
+            of_rows = _collected(gradient, gain.detach(), order[group], starts[group])
             (of_products,) = torch.autograd.grad(rows, products, of_rows)
             of_products = of_products.to(ctx.dtype)
-            of_kernels[tap] = reduced.flatten(0, 2).T @ of_products.flatten(0, 2)
+            of_kernel = reduced.flatten(0, 2).T @ of_products.flatten(0, 2)
+            of_kernels[group] = of_kernel.view(-1, taps, out).transpose(0, 1)
             of_maps += of_products @ kernel.T
-        return of_maps, of_gains, of_kernels, None, None, None, None, None
+        return of_maps, of_kernels, None, of_gains, None, None, None, None
 
 
 def _bags(
-    rows: Float[Tensor, "rows c"],
-    corners: Int[Tensor, "places 4"],
-    gains: Float[Tensor, "places 4"],
-) -> Float[Tensor, "places c"]:
-    """Sum four rows for each place."""
-    return F.embedding_bag(corners, rows, per_sample_weights=gains, mode="sum")
+    rows: Float[Tensor, "rows c"], numbers: Int[Tensor, "bags k"], gains: Float[Tensor, "bags k"]
+) -> Float[Tensor, "bags c"]:
+    """Sum rows, each times its gain."""
+    return F.embedding_bag(numbers, rows, per_sample_weights=gains, mode="sum")
 
 
 def _collected(
-    gradient: Float[Tensor, "places c"],
-    gains: Float[Tensor, "places 4"],
-    order: Int[Tensor, " corners"],
-    starts: Int[Tensor, " rows"],
+    gradient: Float[Tensor, "bags c"],
+    gains: Float[Tensor, "bags k"],
+    order: Int[Tensor, "_"],
+    starts: Int[Tensor, "rows"],
 ) -> Float[Tensor, "rows c"]:
     """Bring the gradient of bags to the rows that were summed: bags again, one for each row."""
     return F.embedding_bag(
-        order // 4, gradient, starts, per_sample_weights=gains.flatten()[order], mode="sum"
+        order // gains.shape[1],
+        gradient,
+        starts,
+        per_sample_weights=gains.flatten()[order],
+        mode="sum",
     )
+
+
+def _by_tap(corners: Int[Tensor, "groups places taps 4"]) -> Int[Tensor, "groups places taps 4"]:
+    """Number the rows of a map anew, where each of them is one for each tap."""
+    taps = corners.shape[2]
+    return corners * taps + torch.arange(taps, dtype=corners.dtype)[:, None]
+
+
+def _side_by_side(kernel: Float[Tensor, "taps c out"]) -> Float[Tensor, "c _"]:
+    """Lay out a kernel so that one product is that of all taps."""
+    return kernel.transpose(0, 1).flatten(1)
 
 
 def _neighbours(
@@ -289,8 +327,11 @@ def _neighbours(
     return pixels.nan_to_num().clamp(0, size - 1).int(), parts
 
 
-def _resized_rows(maps: Float[Tensor, "n h w c"], size: tuple[int, int]) -> Float[Tensor, "rows c"]:
-    return _resized(maps.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).flatten(0, 2)
+def _resized_rows(
+    maps: Float[Tensor, "n h w _"], size: tuple[int, int], taps: int
+) -> Float[Tensor, "rows out"]:
+    resized = _resized(maps.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return resized.reshape(-1, maps.shape[-1] // taps)
 
 
 def _resized(x: Float[Tensor, "n c h w"], size: tuple[int, int]) -> Float[Tensor, "n c h2 w2"]:

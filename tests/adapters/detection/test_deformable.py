@@ -103,7 +103,9 @@ def test_a_map_of_another_size_is_resized_first(map_size):
 
 
 @pytest.mark.parametrize("map_size", [(4, 5), (2, 3)])
-def test_images_in_several_parts_are_as_in_one(map_size, monkeypatch):
+@pytest.mark.parametrize("most", [1, 45, 60, 199])
+def test_images_and_taps_in_several_parts_are_as_in_one(map_size, most, monkeypatch):
+    """One image and tap at a time; two and one; one and three; nine images, but three taps."""
     inputs = _inputs(5, (4, 5), 1, map_size=map_size)
 
     def convolved():
@@ -111,7 +113,7 @@ def test_images_in_several_parts_are_as_in_one(map_size, monkeypatch):
         return sampling.conv(inputs["x"], inputs["weight"], inputs["bias"])
 
     whole = convolved()
-    monkeypatch.setattr(deformable, "_MOST_PLACES", 45)
+    monkeypatch.setattr(deformable, "_MOST_SAMPLES", most)
     _assert_equal_with_gradients(convolved(), whole, inputs, 1e-12)
 
 
