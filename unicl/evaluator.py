@@ -153,7 +153,7 @@ def evaluate(
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
         # Asked now, for embedding a set may take hours.
-        ranks.together(lambda: _require_writable(out) if ranks.first else None)
+        ranks.together(lambda: require_writable(out) if ranks.first else None)
         results = []
         for parts in work:
             result, keep = _run(protocol, loaded, parts, probe, setting, options)
@@ -163,7 +163,12 @@ def evaluate(
     return results
 
 
-def _require_writable(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
+    """Make a folder of results, or say at once that it cannot be written to.
+
+    Raises:
+        UniclError: it cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()

@@ -72,7 +72,7 @@ def fine_tune(
     if medium is None:
         _prepare_first(training, out)
     device = choose_device(recipe.trainer.device)
-    _require_same_steps(out / "run", recipe)
+    require_same_steps(out / "run", recipe)
     with joined(
         device,
         timeout_seconds=recipe.engine.timeout_seconds,
@@ -165,7 +165,7 @@ def _open(
     return opened
 
 
-def _require_same_steps(run: Path, recipe: Recipe) -> None:
+def require_same_steps(run: Path, recipe: Recipe) -> None:
     """Refuse to go on with other steps, rather than with the warmup that is derived from them."""
     if not checkpoints(run / "checkpoints"):
         return

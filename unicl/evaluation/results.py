@@ -17,6 +17,9 @@ from unicl.evaluation.published import Task, reported_part
 
 logger = logging.getLogger("unicl")
 
+DETECTIONS = ".detections.json"
+"""Ends the name of what was found in images, beside the result that was measured on it."""
+
 # CLIP_benchmark's words for ours; i2t is an image that looks for its texts.
 _TASKS: dict[Task, str] = {
     "zero_shot": "zeroshot_classification",
@@ -32,7 +35,8 @@ _METRICS = {
 }
 _RECALLS = {"i2t": "text_retrieval_recall@", "t2i": "image_retrieval_recall@"}
 # What a table's row shows beside the headline, where it was measured.
-_BESIDE = {"top1": "top5", "map11": "map", "map": "map11", "ap": "ap50"}
+_BESIDE = {"top1": "top5", "map11": "map", "map": "map11", "ap": "ap50", "ar100": "ar10"}
+_ALL_SHOWN = ("few_shot", "retrieval", "retrieval_fine_tuned", "detection_few_shot")
 # Characters of a set's name in a file's name; file systems allow about 255 in all.
 _LONGEST = 80
 
@@ -77,7 +81,7 @@ class Result:
     def marks(self) -> list[str]:
         """What tells it from the usual: part of the set, another way of reading, a saved probe."""
         split = self.protocol.get("split")
-        is_usual = not split or split == reported_part(self.dataset)
+        is_usual = not split or split == reported_part(self.dataset, self.task)
         marks = [None if is_usual else split, self.protocol.get("mark"), self.protocol.get("probe")]
         return [mark for mark in marks if mark]
 
@@ -95,7 +99,7 @@ class Result:
     @property
     def shown(self) -> list[str]:
         """Names of the metrics of a table's rows: the headline, and what belongs beside it."""
-        if self.task in ("few_shot", "retrieval", "retrieval_fine_tuned"):
+        if self.task in _ALL_SHOWN:
             return list(self.metrics)
         beside = _BESIDE.get(self.headline)
         return [self.headline, *([beside] if beside and beside in self.metrics else [])]
@@ -259,6 +263,8 @@ def read_results(folder: Path) -> list[Result]:
     """Read all results of a folder, in the order of their names; a damaged one is left out."""
     results = []
     for path in sorted(folder.glob("*.json")):
+        if path.name.endswith(DETECTIONS):
+            continue
         try:
             results.append(read_result(path))
         except UniclError as error:

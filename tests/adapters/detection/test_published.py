@@ -2,21 +2,28 @@
 
 from typing import get_args
 
-from adapters.detection.published import DETECTION, NUM_CLASSES, NUM_IMAGES, ROBOFLOW
-from unicl.evaluation.published import Task
+from adapters.detection.published import NUM_CLASSES, NUM_IMAGES
+from adapters.detection.sets import KNOWN_SETS
+from unicl.evaluation.published import PUBLISHED, ROBOFLOW, Task
+
+DETECTION = [row for row in PUBLISHED if row.task.startswith("detection")]
 
 
 def of(task: str, model: str) -> dict[str, float]:
     (row,) = (row for row in DETECTION if row.task == task and row.model.startswith(model))
-    return {name: figures["ap"] for name, figures in row.figures.items()}
+    metric = "5_shot" if task == "detection_few_shot" else "ap"
+    return {name: figures[metric] for name, figures in row.figures.items()}
 
 
 def test_every_row_is_of_known_tasks_and_sets():
     for row in DETECTION:
         assert row.task in get_args(Task)
-        assert set(row.figures) in ({"coco"}, {"objects365"}, set(ROBOFLOW))
-        assert all(0 < figures["ap"] < 100 for figures in row.figures.values())
-    assert len({(row.model, row.task, row.protocol) for row in DETECTION}) == len(DETECTION)
+        assert set(row.figures) in (
+            {"coco", "coco_test_dev"},
+            {"coco", "coco_test_dev", "objects365"},
+            set(ROBOFLOW),
+        )
+    assert len({(row.model, row.task) for row in DETECTION}) == len(DETECTION) == 7
     assert len(ROBOFLOW) == len(NUM_IMAGES) == len(NUM_CLASSES) == 11
 
 
@@ -36,8 +43,13 @@ def test_all_images_beat_five_of_each_class():
 
 
 def test_coco_has_both_of_its_test_sets():
-    rows = [row for row in DETECTION if "coco" in row.figures]
-    values = {(row.model, row.protocol.split(";")[0]): row.figures["coco"]["ap"] for row in rows}
-    assert values["Florence (CoSwin-H)", "minival"] == 62.0
-    assert values["Florence (CoSwin-H)", "test-dev"] == 62.4
-    assert len(values) == 6
+    found = {row.model: row.figures for row in DETECTION if "coco" in row.figures}
+    assert found["Florence (CoSwin-H)"]["coco"] == {"ap": 62.0}
+    assert found["Florence (CoSwin-H)"]["coco_test_dev"] == {"ap": 62.4}
+    assert len(found) == 3
+
+
+def test_the_papers_numbers_are_those_of_the_sets():
+    for name in ROBOFLOW:
+        assert NUM_IMAGES[name] == KNOWN_SETS[name].num_images
+        assert NUM_CLASSES[name] == KNOWN_SETS[name].num_classes

@@ -2,6 +2,7 @@ from statistics import mean
 
 import pytest
 
+from adapters.detection.sets import KNOWN_SETS as KNOWN_DETECTION_SETS
 from adapters.video.files import KNOWN_VIDEO_SETS
 from unicl.data.image_sets import KNOWN_SETS, LINEAR_PROBE_SETS, ZERO_SHOT_SETS
 from unicl.data.image_sets.public import PUBLIC_SETS
@@ -50,7 +51,9 @@ def test_a_set_has_what_is_published_of_it():
         assert all(
             0 < value <= 100 for figures in row.figures.values() for value in figures.values()
         )
-        if row.task != "few_shot":
+        if row.task.startswith("detection"):
+            assert set(row.figures) <= {*KNOWN_DETECTION_SETS, "coco_test_dev"}
+        elif row.task != "few_shot":
             assert set(row.figures) <= {*KNOWN_SETS, *KNOWN_VIDEO_SETS}
         assert row.source
         assert row.protocol
@@ -61,3 +64,5 @@ def test_figures_are_of_the_part_that_has_labels():
     on_val = {name for name in sets if reported_part(name) == "val"}
     assert on_val == {"imagenet", "kinetics400", "kinetics600"}
     assert reported_part("kinetics700") == "val"
+    assert reported_part("coco", "retrieval") == "test"
+    assert reported_part("coco", "detection_zero_shot") == "val"

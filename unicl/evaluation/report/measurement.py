@@ -95,7 +95,7 @@ _ASPECTS = (
     _Aspect(
         "part of the set",
         lambda result: _recorded("split")(result) or "the whole folder",
-        lambda peer, dataset: reported_part(dataset),
+        lambda peer, dataset: reported_part(dataset, peer.task),
     ),
     _Aspect(
         "images",

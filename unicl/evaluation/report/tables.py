@@ -64,6 +64,8 @@ _METRICS = {
     "map11": "11-point mean average precision",
     "ap": "average precision",
     "ap50": "at overlap 0.5",
+    "ar10": "objects found in first 10",
+    "ar100": "objects found in first 100",
 }
 _SEARCHES = {"i2t": "image to text", "t2i": "text to image"}
 
