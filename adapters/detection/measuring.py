@@ -1,10 +1,12 @@
 """How well a detector finds the objects of a set: COCO's average precision."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from adapters.detection.atss import Detections
@@ -13,13 +15,13 @@ from adapters.detection.detector import Detector
 from adapters.detection.finding import Finder
 from adapters.detection.metrics import AGNOSTIC, agnostic, coco_metrics, to_coco
 from adapters.detection.reading import DetectionBatch, DetectionReader, JoinedSets
-from adapters.detection.sets import DetectionSet
+from adapters.detection.sets import Annotations, DetectionSet
 from adapters.detection.transforms import EvalTransform
 from adapters.detection.vocabulary import Vocabulary
 from unicl.data.loader import BatchLoader
 from unicl.data.order import SampleOrder
 from unicl.distributed import ALONE, Ranks
-from unicl.errors import UsageError
+from unicl.errors import UniclError, UsageError
 from unicl.evaluation.embeddings import device_of
 
 MAX_PIXELS = 1 << 30
@@ -99,10 +101,20 @@ class AveragePrecision:
         if self._tokens is not None:
             names = model.name_embeddings(self._tokens.to(device_of(model)))
         finder = Finder(model, self.detection, names)
-        results, _ = find_all(finder, self.images, self.loaders, self.ranks)
-        truth = self.images.truth()
-        truth = agnostic(truth) if self.detection.classes == "none" else truth
-        return {f"detection/{name}": value for name, value in coco_metrics(truth, results).items()}
+        found = find_all(finder, self.images, self.loaders, self.ranks)
+        metrics = compare(found, self.images, by_class=self.detection.classes != "none")
+        return {f"detection/{name}": value for name, value in metrics.items()}
+
+
+class Found(NamedTuple):
+    """What was found in the images of a set."""
+
+    results: list[dict[str, Any]]
+    """In COCO's format, with the set's ids."""
+    rows: list[int]
+    """Numbers of the images that were looked at, in rising order."""
+    skipped: dict[str, int]
+    """How many images were left out, by reason."""
 
 
 def find_all(
@@ -110,27 +122,58 @@ def find_all(
     images: DetectionSet,
     loaders: Sequence[BatchLoader[DetectionBatch]],
     ranks: Ranks = ALONE,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+) -> Found:
     """Find objects in all images of a set, the ranks sharing the work.
-
-    Returns:
-        COCO's results of all ranks, and how many images were left out, by reason.
 
     Raises:
         UsageError: the detector's classes are numbers, and the set has others.
+        UniclError: no image can be read.
     """
-    ids = _category_ids(finder, images)
+    ids = category_ids(finder.config, images, named=finder.names is not None)
     samples = JoinedSets([images], Vocabulary.of_objects([images]))
-    found, skipped = finder.in_samples(samples, loaders)
+    found, own_skipped = ranks.together(lambda: finder.in_samples(samples, loaders))
     own: list[dict[str, Any]] = []
     for row, each in found.items():
         own += _results(int(images.image_ids[row]), each, ids)
     results = [result for part in ranks.gather_objects(own) for result in part]
-    reasons: dict[str, int] = {}
-    for part in ranks.gather_objects(skipped):
-        for reason, count in part.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    return results, reasons
+    rows = sorted(row for part in ranks.gather_objects(list(found)) for row in part)
+    skipped: Counter[str] = Counter()
+    for part in ranks.gather_objects(own_skipped):
+        skipped.update(part)
+    if not rows:
+        raise UniclError(f"none of the {images.num_images:,} images of {images} can be read")
+    return Found(results, rows, dict(skipped))
+
+
+def compare(found: Found, images: DetectionSet, *, by_class: bool) -> dict[str, float]:
+    """Return COCO's metrics of what was found, on the images that were looked at.
+
+    Where not all classes were looked for in all images, what is found of another class is neither
+    right nor wrong, as in LVIS.
+
+    Args:
+        found: In these images.
+        images: The set.
+        by_class: Whether the class has to be right, too.
+    """
+    truth = images.at(found.rows).truth()
+    if not by_class:
+        return coco_metrics(agnostic(truth), found.results)
+    results = found.results
+    if images.judged is not None:
+        asked = {
+            (int(images.image_ids[row]), images.category_ids[number])
+            for row in found.rows
+            for number in _asked(images.of(row))
+        }
+        results = [each for each in results if (each["image_id"], each["category_id"]) in asked]
+    return coco_metrics(truth, results)
+
+
+def _asked(annotations: Annotations) -> Iterator[int]:
+    """Yield the classes that were looked for in an image, or annotated without that."""
+    yield from annotations.labels.tolist()
+    yield from () if annotations.judged is None else annotations.judged.tolist()
 
 
 def _results(image_id: int, found: Detections, ids: np.ndarray) -> list[dict[str, Any]]:
@@ -147,14 +190,25 @@ def _results(image_id: int, found: Detections, ids: np.ndarray) -> list[dict[str
     )
 
 
-def _category_ids(finder: Finder, images: DetectionSet) -> np.ndarray:
-    """Return the set's category of each output of the detector, -1 where it has none."""
-    if finder.config.classes == "none" and finder.names is None:
+def category_ids(
+    config: DetectionConfig, images: DetectionSet, *, named: bool
+) -> Int64[np.ndarray, " outputs"]:
+    """Return the set's category of each output of a detector, -1 where it has none.
+
+    Args:
+        config: Of the detector.
+        images: The set.
+        named: Whether the detector looks for the names of the set's classes.
+
+    Raises:
+        UsageError: the detector's classes are numbers, and the set has others.
+    """
+    if config.classes == "none" and not named:
         return np.array([AGNOSTIC], np.int64)
-    if finder.config.classes != "numbers":  # asked for the names of the set
+    if config.classes != "numbers":
         return np.array(images.category_ids, np.int64)
-    num_own = len(finder.config.class_names)
-    numbers = Vocabulary.join([finder.config, images]).numbers[1]
+    num_own = len(config.class_names)
+    numbers = Vocabulary.join([config, images]).numbers[1]
     unknown = [
         n for n, number in zip(images.class_names, numbers, strict=True) if number >= num_own
     ]
