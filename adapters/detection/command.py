@@ -125,11 +125,11 @@ def _inputs(places: Sequence[str]) -> list[_Input]:
     listed = []
     for place in places:
         if _URL.match(place):
-            name = PurePosixPath(unquote(urlsplit(place).path)).name or "image"
-            listed.append(_Input(place, Path(name)))
+            last = PurePosixPath(unquote(urlsplit(place).path)).name
+            listed.append(_Input(place, Path(last or "image")))
         elif Path(place).is_dir():
-            names = _images_in(Path(place))
-            listed += [_Input(str(Path(place) / name), name) for name in names]
+            found = _images_in(Path(place))
+            listed += [_Input(str(Path(place) / below), below) for below in found]
         elif Path(place).exists():
             listed.append(_Input(place, Path(Path(place).name)))
         else:
