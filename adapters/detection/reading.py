@@ -200,7 +200,7 @@ class DetectionReader:
         num_classes = len(self.samples.vocabulary.names)
         return DetectionBatch(
             pad(images) if images else torch.zeros(0, 3, 32, 32, dtype=torch.uint8),
-            torch.tensor([image.shape[1:] for image in images]).view(-1, 2),
+            torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2),
             torch.tensor(originals, dtype=torch.int64).view(-1, 2),
             torch.cat([*boxes, torch.zeros(0, 4)]),
             torch.cat([*labels, torch.zeros(0, dtype=torch.int64)]),
