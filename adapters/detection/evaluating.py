@@ -158,13 +158,14 @@ def measure(
         raise UniclError(f"{images} has no objects to find; choose another set or --split")
     named = proposes and not agnostic
     of_names = {"templates": ensemble, "num_templates": len(TEMPLATES[ensemble])}
+    unsaid = ("test_sizes",) if named else ("test_sizes", "regions")
     protocol = {
         "split": images.split,
         "image_size": ", ".join(map(str, config.test_sizes)),
         "precision": options.precision,
         "num_classes": 1 if agnostic else len(images.class_names),
         "classes": config.classes,
-        **{name: getattr(config, name) for name in READING if named or name != "regions"},
+        **{name: getattr(config, name) for name in READING if name not in unsaid},
         **(of_names if named else {}),
         **({"mark": mark} if mark else {}),
     }

@@ -22,7 +22,8 @@ def images(runs, tmp_path) -> Path:
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     shutil.copy(runs / "scenes/test/000000.png", folder / "a.png")
-    Image.open(runs / "scenes/test/000001.png").save(folder / "more/b.JPG", "JPEG")
+    with Image.open(runs / "scenes/test/000001.png") as image:
+        image.save(folder / "more/b.JPG", "JPEG")
     (folder / "notes.txt").write_text("no image")
     return folder
 
@@ -54,16 +55,17 @@ def test_a_folder_is_looked_at_and_drawn(runs, images, tmp_path, capsys):
     assert "object" in shown
     drawn = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert drawn == ["a.png", "more/b.JPG"]
-    assert Image.open(out / "more/b.JPG").format == "JPEG"
+    with Image.open(out / "more/b.JPG") as picture:
+        assert picture.format == "JPEG"
     with Image.open(out / "a.png") as picture, Image.open(images / "a.png") as original:
         assert picture.size == original.size
         assert (np.asarray(picture) != np.asarray(original)).any()
     assert (images / "a.png").read_bytes() == before
 
 
-def test_no_input_is_overwritten_and_no_picture_another(runs, images, tmp_path, caplog):
+def test_no_input_is_overwritten_and_no_picture_another(runs, images, tmp_path, capsys):
     assert detect(runs / "texts", images, "--out", images) == 2
-    assert "would overwrite the image" in caplog.text
+    assert "would overwrite the image" in capsys.readouterr().err
     link = tmp_path / "link"
     link.symlink_to(images)
     assert detect(runs / "texts", images / "a.png", "--out", link) == 2
@@ -77,13 +79,14 @@ def test_no_input_is_overwritten_and_no_picture_another(runs, images, tmp_path, 
     assert names == ["a-2.png", "a-3.png", "a.gif.png", "a.png"]
 
 
-def test_a_damaged_image_does_not_keep_the_others(runs, images, capsys, caplog):
+def test_a_damaged_image_does_not_keep_the_others(runs, images, capsys):
     (images / "aa.png").write_bytes((images / "a.png").read_bytes()[:400])
     assert detect(runs / "texts", images, "--json") == 1
-    files = {json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()}
+    shown = capsys.readouterr()
+    files = {json.loads(line)["file"] for line in shown.out.splitlines()}
     assert files == {str(images / "a.png"), str(images / "more/b.JPG")}
-    assert f"left out: cannot read {images / 'aa.png'}" in caplog.text
-    assert "1 of 3 images could not be read" in caplog.text
+    assert f"left out: cannot read {images / 'aa.png'}" in shown.err
+    assert "1 of 3 images could not be read" in shown.err
 
 
 def test_keys_of_looking_at_images_can_be_set(runs, images, capsys):
@@ -111,16 +114,24 @@ def test_keys_of_looking_at_images_can_be_set(runs, images, capsys):
         (("{runs}/texts", "http://localhost:9/a.png"), "1 of 1 images could not be read"),
     ],
 )
-def test_mistakes_are_told_in_one_line(runs, images, caplog, words, said):
+def test_mistakes_are_told_in_one_line(runs, images, capsys, words, said):
     (images / "empty").mkdir()
     given = [word.format(runs=runs, images=images) for word in words]
     low = [] if "--threshold" in given else LOW[:2]
     assert main(["detect", *given, *low, *LOW[2:]]) in (1, 2)
-    assert said in caplog.text
-    assert "Traceback" not in caplog.text
+    shown = capsys.readouterr()
+    assert said in shown.err.splitlines()[-1]
+    assert not shown.out
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from unicl.cli import main\ntry: main(['detect', '--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = """
+import sys
+from unicl.cli import main
+try:
+    main(["detect", "--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--names" in done.stdout

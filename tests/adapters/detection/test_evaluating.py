@@ -1,6 +1,7 @@
 """Detectors measured on sets: what is written, and what is refused."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,12 @@ from unicl.errors import UniclError, UsageError
 from unicl.evaluation.results import read_results
 from unicl.evaluator import Options, evaluate
 from unicl.models import load
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let warnings reach the test."""
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)  # the command line ends it
 
 
 def options(out: Path, **changes: object) -> Options:

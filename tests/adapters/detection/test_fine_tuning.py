@@ -172,7 +172,7 @@ def test_what_cannot_be_fine_tuned_is_refused_in_a_line(runs, tmp_path):
     with pytest.raises(UsageError, match="has no train part to learn from"):
         evaluate(model, "detection-fine-tune", [alone], options(tmp_path))
     none = {**QUICK, "detection.classes": "none"}
-    with pytest.raises(UsageError, match="detection.classes none learns no classes"):
+    with pytest.raises(UsageError, match=r"detection\.classes none learns no classes"):
         evaluate(model, "detection-fine-tune", [scenes], options(tmp_path), none)
     with pytest.raises(UsageError, match="no set of boxes"):
         evaluate(model, "detection-few-shot", ["./missing"], options(tmp_path))
