@@ -13,7 +13,7 @@ from unicl.engine.metrics import parse_rows
 from unicl.errors import UniclError, UsageError
 from unicl.evaluation.answers import SavedAnswers, load_answers
 from unicl.evaluation.report import Report, Run, write_report
-from unicl.evaluation.results import Result, read_result, to_csv
+from unicl.evaluation.results import Result, read_result, result_files, to_csv
 from unicl.evaluator import results_folder
 from unicl.models import OPEN_CLIP, read_recipe
 
@@ -84,7 +84,7 @@ def _find(run: str | Path) -> _Place:
         raise UsageError(f"{run} {problem}; name a run, or a folder of `unicl eval`'s results")
     place = _place(path.resolve(), results) if path.is_dir() else _Place((str(run),), None, results)
     has_metrics = place.run is not None and (place.run / _METRICS).is_file()
-    if not has_metrics and not any(place.results.glob("*.json")):
+    if not has_metrics and not result_files(place.results):
         raise UsageError(
             f"{run} has neither metrics of a run nor results of `unicl eval`: train or evaluate it"
         )
@@ -97,7 +97,7 @@ def _place(path: Path, results: Path) -> _Place:
         return _Place(path.parts, path, results)
     if above.name == "checkpoints" and _is_run(above.parent):
         return _Place((*above.parent.parts, path.name), above.parent, results)
-    if any(results.glob("*.json")):
+    if result_files(results):
         return _Place(path.parts, None, results)
     run = above if path.name.startswith("evaluation") and _is_run(above) else None
     return _Place(above.parts if path.name == "evaluation" else path.parts, run, path)
@@ -128,7 +128,7 @@ def _read(place: _Place, name: str, left_out: list[str]) -> Run:
     results: list[Result] = []
     answers: dict[str, SavedAnswers] = {}
     settings: dict[str, Any] = {}
-    for path in sorted(place.results.glob("*.json")):
+    for path in result_files(place.results):
         with _leaving_out(left_out):
             result = read_result(path)
             results.append(result)

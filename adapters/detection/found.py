@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image, nms
 
 from adapters.detection.anchors import decode_boxes
 
@@ -94,3 +94,16 @@ def suppress(found: Detections, *, overlap: float, most: int) -> Detections:
     apart = boxes.double() - boxes.min()
     kept = batched_nms(apart, scores.double(), labels, overlap)[:most]
     return Detections(boxes[kept], scores[kept], labels[kept])
+
+
+def surest_names(found: Detections, *, overlap: float = 0.8) -> Detections:
+    """Return each object under its surest name only, for a person to look at.
+
+    Metrics compare each class by itself, so that one object may be found under several names.
+
+    Args:
+        found: What was found in one image.
+        overlap: Boxes with a higher IoU are taken for one object.
+    """
+    kept = nms(found.boxes, found.scores, overlap)
+    return Detections(*(tensor[kept] for tensor in found))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from adapters.detection.drawing import draw
+from adapters.detection.found import Detections, surest_names
 from adapters.detection.measuring import Found
 from adapters.detection.reading import open_annotated
 from adapters.detection.sets import DetectionSet
@@ -31,7 +32,8 @@ def save_pictures(
     Args:
         folder: Gets 01.jpg, 02.jpg, ...: found objects at the left, annotated ones at the right.
         images: The set.
-        found: What was found; shown are scores of 0.3 and more.
+        found: What was found; shown are scores of 0.3 and more, each object by its
+            surest name.
         names: Of the categories of what was found.
 
     Raises:
@@ -68,10 +70,16 @@ def _beside(
     sample = images.files.read(row)
     image = open_annotated(open_image(sample.image), tuple(images.sizes[row].tolist()))
     annotations = images.of(row)
-    boxes = torch.tensor([box for box, _, _ in found]).view(-1, 4)
-    scores = torch.tensor([score for _, _, score in found])
+    surest = surest_names(
+        Detections(
+            torch.tensor([box for box, _, _ in found]).view(-1, 4),
+            torch.tensor([score for _, _, score in found]),
+            torch.arange(len(found)),
+        )
+    )
+    names = [found[number][1] for number in surest.labels.tolist()]
     called = [images.class_names[label] for label in annotations.labels]
-    left = _drawn(image, f"{sample.key}: found", boxes, [name for _, name, _ in found], scores)
+    left = _drawn(image, f"{sample.key}: found", surest.boxes, names, surest.scores)
     right = _drawn(image, "annotated", torch.from_numpy(annotations.boxes), called)
     both = Image.new("RGB", (left.width + right.width, left.height), "white")
     both.paste(left, (0, 0))

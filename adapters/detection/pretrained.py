@@ -15,6 +15,7 @@ from adapters.detection.building import build_model
 from adapters.detection.config import OF_MODEL, READING, DetectionConfig, DetectionRecipe
 from adapters.detection.detector import Detector
 from adapters.detection.finding import Finder
+from adapters.detection.found import surest_names
 from adapters.detection.vocabulary import Vocabulary
 from unicl.data.prompts import TEMPLATES
 from unicl.errors import UsageError
@@ -79,11 +80,13 @@ class Detect:
     ) -> list[Detection]:
         """Find objects of these names in an upright RGB image, or of the training's classes.
 
+        Each is returned once, by its surest name.
+
         Raises:
             UsageError: the detector knows its own classes only, and a name is none of them.
         """
         finder = self.finder(names)
-        found = finder.in_image(image)
+        found = surest_names(finder.in_image(image))
         own = self.config.class_names
         if names is None:
             called = list(own) or ["object"]

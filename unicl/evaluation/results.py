@@ -259,12 +259,15 @@ def _file_word(name: str) -> str:
     return f"{word}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
+def result_files(folder: Path) -> list[Path]:
+    """Return the files that results lie in, in the order of their names."""
+    return [p for p in sorted(folder.glob("*.json")) if not p.name.endswith(DETECTIONS)]
+
+
 def read_results(folder: Path) -> list[Result]:
     """Read all results of a folder, in the order of their names; a damaged one is left out."""
     results = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name.endswith(DETECTIONS):
-            continue
+    for path in result_files(folder):
         try:
             results.append(read_result(path))
         except UniclError as error:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from adapters.detection.anchors import anchor_boxes, encode_boxes
-from adapters.detection.found import Detections, detections, put_together, suppress
+from adapters.detection.found import Detections, detections, put_together, suppress, surest_names
 from tests.adapters.detection import plain
 
 SIZES = [(8, 10), (4, 5), (2, 3)]
@@ -126,3 +126,12 @@ def test_nothing_found() -> None:
     assert found.scores.shape == found.labels.shape == (0,)
     again = put_together([found, found])
     assert again.boxes.shape == (0, 4)
+
+
+def test_an_object_keeps_its_surest_name():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 9.5], [20.0, 20, 30, 30], [0.0, 0, 5, 5]])
+    found = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([3, 1, 1, 2]))
+    kept = surest_names(found)
+    assert kept.labels.tolist() == [3, 1, 2]
+    torch.testing.assert_close(kept.boxes, boxes[[0, 2, 3]])
+    assert len(surest_names(Detections(*(each[:0] for each in found))).scores) == 0
