@@ -188,7 +188,7 @@ def _measured(
     config = overridden(detect.config, overrides or {})
     finder = detect.finder(images.class_names if by_name else None, config=config)
     loaders = build_loaders(images, config, batch_size=256, num_workers=0)
-    results, _ = find_all(finder, images, loaders)
+    results = find_all(finder, images, loaders).results
     truth = images.truth()
     if not by_name:
         truth = agnostic(truth)
