@@ -1,7 +1,9 @@
 """Dynamic Head (Dai et al. 2021): the three attentions of Florence's object-level adapter (2.4)."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapters.detection.deformable import Sampling
+from adapters.detection.deformable import Sampling, by_tap
 from unicl.errors import UsageError
 
 _GROUPS = 16
@@ -104,14 +106,17 @@ class DynamicHeadBlock(nn.Module):
         """Mix every level with its neighbours."""
         # Sampling reads whole pixels; this is also what convolutions are fastest with.
         levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
-        return [self._level(levels, index) for index in range(len(levels))]
+        # Once for all levels.
+        kernels = [by_tap(cast(DeformConvNorm, each).conv.weight) for each in self.DyConv]
+        return [self._level(levels, index, kernels) for index in range(len(levels))]
 
-    def _level(self, levels: Sequence[Tensor], index: int) -> Tensor:
+    def _level(self, levels: Sequence[Tensor], index: int, kernels: Sequence[Tensor]) -> Tensor:
         level = levels[index]
         offset, mask = self.offset(level).split([18, 9], dim=1)
         mask = mask.sigmoid()
         here = Sampling(offset, mask, size=_size(level))
-        coarser, own, finer = self.DyConv
+        convs = (cast(DeformConvNorm, each) for each in self.DyConv)
+        coarser, own, finer = (partial(*each) for each in zip(convs, kernels, strict=True))
         sources = [own(here, level)]
         if index > 0:
             below = levels[index - 1]
@@ -126,8 +131,10 @@ class DynamicHeadBlock(nn.Module):
             else:
                 read = coarser(here, above)
             sources.append(read)
-        weighed = [source * _hard_sigmoid(self.AttnConv(source)) for source in sources]
-        return self.relu(sum(weighed[1:], weighed[0]) / len(weighed))
+        weighed = [
+            source * (_hard_sigmoid(self.AttnConv(source)) / len(sources)) for source in sources
+        ]
+        return self.relu(sum(weighed[1:], weighed[0]))
 
 
 class DeformConvNorm(nn.Module):
@@ -144,10 +151,13 @@ class DeformConvNorm(nn.Module):
         self.bn = nn.GroupNorm(_GROUPS, channels)
 
     def forward(
-        self, sampling: Sampling, x: Float[Tensor, "n c h w"]
+        self,
+        kernel: Float[Tensor, "c c 3 3"],
+        sampling: Sampling,
+        x: Float[Tensor, "n c h w"],
     ) -> Float[Tensor, "n c ho wo"]:
-        """Read a map where `sampling` says."""
-        return self.bn(sampling.conv(x, self.conv.weight, self.conv.bias))
+        """Read a map where `sampling` says, with the weights as `by_tap` lays them out."""
+        return self.bn(sampling.conv(x, kernel, self.conv.bias))
 
 
 class DynamicReLU(nn.Module):
@@ -168,7 +178,10 @@ class DynamicReLU(nn.Module):
         """Apply them; at the start they are near those of a ReLU."""
         parts = _hard_sigmoid(self.fc(x.mean((2, 3)))) - 0.5
         slope, intercept, slope2, intercept2 = parts[:, :, None, None].chunk(4, dim=1)
-        return torch.maximum(x * (2 * slope + 1) + intercept, x * (2 * slope2) + intercept2)
+        # The larger line as one of them and what the other is above it: fewer passes than maximum's
+        # gradient takes.
+        above = F.relu(x * (2 * (slope - slope2) + 1) + (intercept - intercept2))
+        return x * (2 * slope2) + intercept2 + above
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
