@@ -115,8 +115,10 @@ class DynamicHeadBlock(nn.Module):
         offset, mask = self.offset(level).split([18, 9], dim=1)
         mask = mask.sigmoid()
         here = Sampling(offset, mask, size=_size(level))
-        convs = (cast(DeformConvNorm, each) for each in self.DyConv)
-        coarser, own, finer = (partial(*each) for each in zip(convs, kernels, strict=True))
+        coarser, own, finer = (
+            partial(cast(DeformConvNorm, conv), kernel)
+            for conv, kernel in zip(self.DyConv, kernels, strict=True)
+        )
         sources = [own(here, level)]
         if index > 0:
             below = levels[index - 1]
