@@ -90,12 +90,18 @@ class JoinedSets:
 class DetectionPiece:
     """Consecutive images of a batch, without the bad ones."""
 
-    images: tuple[UInt8[Tensor, "3 _ _"], ...]
-    boxes: tuple[Float32[Tensor, "_ 4"], ...]
-    labels: tuple[Int64[Tensor, " _"], ...]
-    judged: tuple[Bool[Tensor, " classes"], ...]
-    originals: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
+    # One tensor: each is an open file while it travels in shared memory. The small arrays travel
+    # inside the message.
+    pixels: UInt8[Tensor, " bytes"]
+    """Of images [3, height, width], one after the other."""
+    sizes: Int64[np.ndarray, "images 2"]
+    originals: Int64[np.ndarray, "images 2"]
+    boxes: Float32[np.ndarray, "objects 4"]
+    labels: Int64[np.ndarray, " objects"]
+    counts: Int64[np.ndarray, " images"]
+    """Number of each image's objects."""
+    judged: Bool[np.ndarray, "images classes"]
+    rows: Int64[np.ndarray, " images"]
     keys: tuple[str, ...]
     skipped: tuple[Skipped, ...]
 
@@ -161,7 +167,8 @@ class DetectionReader:
     def __getitem__(self, positions: tuple[int, int]) -> DetectionPiece:
         """Read the images at `count` stream positions from the first one on."""
         first, count = positions
-        found, judged, originals, rows, keys, skipped = [], [], [], [], [], []
+        images, boxes, labels, judged, originals, rows = [], [], [], [], [], []
+        keys, skipped = [], []
         for position, index in enumerate(self.order.indices(first, count).tolist(), first):
             key = ""
             try:
@@ -171,19 +178,22 @@ class DetectionReader:
             except SampleError as error:
                 skipped.append(Skipped(error.reason, index, key))
                 continue
-            found.append(placed)
+            for parts, part in zip((images, boxes, labels), placed, strict=True):
+                parts.append(part)
             originals.append(original)
             judged.append(self._judged(index))
             rows.append(index)
             keys.append(key)
-        images, boxes, labels = zip(*found, strict=True) if found else ((), (), ())
+        num_classes = len(self.samples.vocabulary.names)
         return DetectionPiece(
-            images,
-            boxes,
-            labels,
-            tuple(judged),
-            tuple(originals),
-            tuple(rows),
+            torch.cat([torch.empty(0, dtype=torch.uint8), *(each.flatten() for each in images)]),
+            _pairs([each.shape[1:] for each in images]),
+            _pairs(originals),
+            torch.cat([torch.empty(0, 4), *boxes]).numpy(),
+            torch.cat([torch.empty(0, dtype=torch.int64), *labels]).numpy(),
+            np.array([len(each) for each in labels], np.int64),
+            np.array(judged, bool).reshape(-1, num_classes),
+            np.array(rows, np.int64),
             tuple(keys),
             tuple(skipped),
         )
@@ -192,21 +202,21 @@ class DetectionReader:
         self, parts: Sequence[DetectionPiece], *, consumed: int, skipped: dict[str, int]
     ) -> DetectionBatch:
         """Make a batch of its pieces; its images are padded to the largest."""
-        images = [image for part in parts for image in part.images]
-        boxes = [each for part in parts for each in part.boxes]
-        labels = [each for part in parts for each in part.labels]
-        judged = [each for part in parts for each in part.judged]
-        originals = [each for part in parts for each in part.originals]
-        num_classes = len(self.samples.vocabulary.names)
+        parts = parts or [self[0, 0]]  # of nothing: arrays of the right shapes
+        images = [image for part in parts for image in _images(part)]
+
+        def joined(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(part, name) for part in parts]))
+
         return DetectionBatch(
             pad(images) if images else torch.zeros(0, 3, 32, 32, dtype=torch.uint8),
-            torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2),
-            torch.tensor(originals, dtype=torch.int64).view(-1, 2),
-            torch.cat([*boxes, torch.zeros(0, 4)]),
-            torch.cat([*labels, torch.zeros(0, dtype=torch.int64)]),
-            torch.arange(len(boxes)).repeat_interleave(torch.tensor([*map(len, boxes)]).long()),
-            torch.stack(judged) if judged else torch.zeros(0, num_classes, dtype=torch.bool),
-            torch.tensor([row for part in parts for row in part.rows], dtype=torch.int64),
+            joined("sizes"),
+            joined("originals"),
+            joined("boxes"),
+            joined("labels"),
+            torch.arange(len(images)).repeat_interleave(joined("counts")),
+            joined("judged"),
+            joined("rows"),
             tuple(key for part in parts for key in part.keys),
             consumed,
             skipped,
@@ -234,10 +244,18 @@ class DetectionReader:
         ImageDecoder(see, self.max_pixels)(sample.image, seed)
         return found[0]
 
-    def _judged(self, index: int) -> Bool[Tensor, " classes"]:
+    def _judged(self, index: int) -> Bool[np.ndarray, " classes"]:
         number, row = self.samples.place(index)
-        annotations = self.samples.sets[number].of(row)
-        return torch.from_numpy(self.samples.vocabulary.judged(number, annotations))
+        return self.samples.vocabulary.judged(number, self.samples.sets[number].of(row))
+
+
+def _pairs(sizes: Sequence[Sequence[int]]) -> Int64[np.ndarray, "images 2"]:
+    return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def _images(piece: DetectionPiece) -> list[UInt8[Tensor, "3 _ _"]]:
+    flat = piece.pixels.split((3 * piece.sizes.prod(1)).tolist())
+    return [part.view(3, *size) for part, size in zip(flat, piece.sizes.tolist(), strict=True)]
 
 
 def open_annotated(opened: Image.Image, size: tuple[int, int]) -> Image.Image:
