@@ -9,5 +9,5 @@ from tests.adapters.detection.runs import write_runs
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the detectors texts, numbers and none, and their scenes."""
-    return write_runs(tmp_path_factory.mktemp("detectors"))
+    """Return a folder with scenes and objects, and the runs towers, texts, numbers and none."""
+    return write_runs(tmp_path_factory.mktemp("runs"))

@@ -1,14 +1,13 @@
-"""Detectors of seconds on composed scenes: tiny towers, 64 pixels, two steps."""
+"""Runs of seconds on composed scenes: tiny towers, 64 pixels, one block, two steps."""
 
 from pathlib import Path
 
-from benchmarks.scenes import write_scenes
+from benchmarks.scenes import write_object_shards, write_scenes
 from unicl.build import train
-from unicl.config import parse_recipe
+from unicl.config import Recipe, parse_recipe
 
-TINY = {
+TOWERS = {
     "name": "tiny",
-    "task": "detection",
     "embed_dim": "16",
     "data.num_workers": "0",
     "image_tower.model": "coswin_nano",
@@ -25,6 +24,10 @@ TINY = {
     "trainer.precision": "fp32",
     "trainer.device": "cpu",
     "schedule.warmup_steps": "1",
+}
+DETECTOR = {
+    "task": "detection",
+    "data.crop_scale": "1,1",
     "detection.width": "16",
     "detection.num_blocks": "1",
     "detection.num_levels": "3",
@@ -34,14 +37,22 @@ TINY = {
     # What has learned next to nothing is sure of nothing.
     "detection.score_threshold": "0.001",
 }
+TINY = {**TOWERS, **DETECTOR}
+
+
+def recipe_of(folder: Path, **overrides: str) -> Recipe:
+    """Return a recipe of scenes; `detection__classes="numbers"` sets detection.classes."""
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    return parse_recipe("", {**TOWERS, **DETECTOR, "data.train": str(folder / "scenes"), **given})
 
 
 def write_runs(folder: Path) -> Path:
-    """Train texts, numbers, and from the weights of texts none, beside their scenes."""
-    scenes = write_scenes(folder / "scenes", num_train=8, num_valid=3, num_test=14)
-    own = {**TINY, "data.train": str(scenes)}
-    train(parse_recipe("", own), folder / "texts")
-    train(parse_recipe("", {**own, "detection.classes": "numbers"}), folder / "numbers")
-    proposing = {"detection.classes": "none", "weights": str(folder / "texts")}
-    train(parse_recipe("", {**own, **proposing}), folder / "none")
+    """Write scenes, and train on them: towers, then texts, numbers and none from their weights."""
+    write_scenes(folder / "scenes", num_train=12, num_valid=5, num_test=14)
+    write_object_shards(folder / "objects", 12)
+    objects = {**TOWERS, "data.train": str(folder / "objects"), "data.crop_scale": "0.9,1"}
+    train(parse_recipe("", objects), folder / "towers")
+    for classes in ("texts", "numbers", "none"):
+        recipe = recipe_of(folder, weights=str(folder / "towers"), detection__classes=classes)
+        train(recipe, folder / classes)
     return folder
