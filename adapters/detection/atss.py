@@ -156,7 +156,7 @@ def _assign(
     numbers = torch.arange(none, device=boxes.device).repeat_interleave(candidates.shape[1])
     chosen = slots.new_full(best.shape, none)
     chosen.scatter_reduce_(0, slots, numbers.where(wins, none), "amin")
-    return chosen.where(chosen < none, -1).view(num_images, -1)
+    return chosen.where(chosen < none, -1).view(num_images, len(every))
 
 
 def _candidates(anchors: list[Tensor], boxes: Tensor) -> Int64[Tensor, "b c"]:
