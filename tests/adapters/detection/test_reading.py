@@ -151,7 +151,7 @@ def test_ranks_share_a_batch(painted, size):
 def test_a_batch_may_be_empty(painted):
     batch = next(loader_of(painted, batch_size=1, ranks=Rank(0, 2)).batches())
     assert len(batch) == 0
-    assert batch.images.shape == (0, 3, 32, 32)
+    assert batch.images.shape == (0, 3, 64, 64)
     assert batch.judged.shape == (0, 3)
     assert batch.boxes.shape == (0, 4)
     for name in ("sizes", "originals", "labels", "owners", "rows"):
