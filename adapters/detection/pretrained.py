@@ -138,8 +138,12 @@ class Detect:
             )
         return [own[number] for number in numbers]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - lives as long as the model that it is of
-    def _embedded(
+    @functools.cached_property
+    def _embedded(self) -> Callable[[tuple[str, ...], tuple[str, ...]], Tensor]:
+        # The same names are asked for again and again; not kept beyond the model.
+        return functools.lru_cache(maxsize=8)(self._embed)
+
+    def _embed(
         self, names: tuple[str, ...], templates: tuple[str, ...]
     ) -> Float[Tensor, "names dim"]:
         if templates:
