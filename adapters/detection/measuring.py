@@ -22,7 +22,7 @@ from unicl.data.loader import BatchLoader
 from unicl.data.order import SampleOrder
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.embeddings import device_of
+from unicl.evaluation.embeddings import device_of, evaluating
 
 MAX_PIXELS = 1 << 30
 # A forward pass of `batch_size` images is meant for images of so many pixels; of larger ones it
@@ -99,7 +99,8 @@ class AveragePrecision:
         """Return `detection/ap`, `detection/ap50`, ...; recall where objects have no class."""
         names = None
         if self._tokens is not None:
-            names = model.name_embeddings(self._tokens.to(device_of(model)))
+            with evaluating(model):
+                names = model.name_embeddings(self._tokens.to(device_of(model)))
         finder = Finder(model, self.detection, names)
         found = find_all(finder, self.images, self.loaders, self.ranks)
         metrics = compare(found, self.images, by_class=self.detection.classes != "none")
