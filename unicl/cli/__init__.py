@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import unicl
 from unicl.cli import training, using
-from unicl.config import Recipe, Skill, working_plugins
+from unicl.config import Recipe, Skill, warn_once, working_plugins
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
@@ -54,7 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     using.add_commands(commands)
     for plugin in working_plugins():
         if isinstance(plugin, Skill):
-            plugin.add_commands(commands)
+            try:
+                plugin.add_commands(commands)
+            except Exception as error:  # somebody's code: it must not cost the other commands
+                warn_once(f"left out: the commands of plug-in {plugin.name}: {error}")
     return parser
 
 

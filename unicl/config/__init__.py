@@ -15,6 +15,7 @@ from unicl.config.plugins import find_picture as find_picture
 from unicl.config.plugins import find_plugin as find_plugin
 from unicl.config.plugins import plugin_names as plugin_names
 from unicl.config.plugins import split_evaluation as split_evaluation
+from unicl.config.plugins import warn_once as warn_once
 from unicl.config.plugins import working_plugins as working_plugins
 from unicl.config.schema import PRETRAINING as PRETRAINING
 from unicl.config.schema import DataConfig as DataConfig

@@ -145,6 +145,8 @@ def _load(entry: EntryPoint) -> Plugin | str:
         return f"lacks something of unicl.config.Plugin: {entry.value}"
     if plugin.name != entry.name:
         return f"calls itself {plugin.name}: {entry.value}"
+    if plugin.evaluations and not isinstance(plugin, Medium | Skill):
+        return f"lacks something of unicl.config.Medium or Skill: {entry.value}"
     return plugin
 
 
