@@ -29,16 +29,21 @@ from unicl.towers.two_tower import TwoTower, carry_model
 
 _ROOT = Path("data")
 _OF_HEAD = ("pyramid.", "head.", "predictor.")
+_CLASSES = "predictor.classes."
+_BY_TEXT = "predictor.log_scale"  # only detectors by text have it
 
 
 def complete(recipe: DetectionRecipe) -> DetectionRecipe:
     """Name the classes after those of the training data, where the recipe leaves it to them."""
+    _open.cache_clear()  # the files may have changed since an earlier run of this process
     detection = recipe.detection
     if detection.classes == "none" or detection.class_names or not recipe.data.train:
         return recipe
     sets = open_sets(recipe)
     names = Vocabulary.join(sets).names
-    ids = sets[0].category_ids if len(sets) == 1 else tuple(range(1, len(names) + 1))
+    ids = sets[0].category_ids
+    if len(sets) > 1 or len(ids) > len(names):  # or several classes of a set have one name
+        ids = tuple(range(1, len(names) + 1))
     return replace(recipe, detection=replace(detection, class_names=names, category_ids=ids))
 
 
@@ -90,6 +95,7 @@ def build_model(recipe: DetectionRecipe, *, start: bool) -> Detector:
         detection,
         num_classes=len(detection.class_names),
         embed_dim=recipe.embed_dim,
+        initial_scale=recipe.loss.initial_scale,
         max_scale=recipe.loss.max_scale,
     )
     _require_any_size(tower)
@@ -112,7 +118,8 @@ def _start_from(path: Path, model: Detector, *, towers: bool) -> None:
         image: ImageTower = model.image  # type: ignore[assignment]
         image.backbone.load_state_dict(carry_backbone(backbone, image.backbone, source=file))
     else:
-        two = TwoTower(model.image, model.text, max_scale=model.max_scale)
+        scales = {"initial_scale": model.scale().item(), "max_scale": model.max_scale}
+        two = TwoTower(model.image, model.text, **scales)
         two.logit_scale = model.logit_scale
         of_towers = {k: w for k, w in weights.items() if not k.startswith(_OF_HEAD)}
         set_weights(carry_model(of_towers, two, source=file), two, source=file)
@@ -122,6 +129,8 @@ def _start_from(path: Path, model: Detector, *, towers: bool) -> None:
         for name, weight in weights.items()
         if name.startswith(_OF_HEAD) and name in own and own[name].shape == weight.shape
     }
+    if (_BY_TEXT in weights) != model.by_text:  # embeddings and logits may be equally many
+        fitting = {k: w for k, w in fitting.items() if not k.startswith(_CLASSES)}
     model.load_state_dict(fitting, strict=False)
 
 

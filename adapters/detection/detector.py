@@ -39,6 +39,7 @@ class Detector(TwoTower):
         detection: Head, width and classes.
         num_classes: Outputs where classes are numbers.
         embed_dim: Width of the embeddings of names.
+        initial_scale: As in `TwoTower`; the weights of trained towers have their own.
         max_scale: As in `TwoTower`.
     """
 
@@ -50,9 +51,10 @@ class Detector(TwoTower):
         *,
         num_classes: int,
         embed_dim: int,
+        initial_scale: float = 1 / 0.07,
         max_scale: float = 100.0,
     ) -> None:
-        super().__init__(image_tower, text_tower, max_scale=max_scale)
+        super().__init__(image_tower, text_tower, initial_scale=initial_scale, max_scale=max_scale)
         self.by_text = detection.classes == "texts"
         self.num_levels, self.anchor_scale = detection.num_levels, detection.anchor_scale
         width = detection.width
@@ -105,7 +107,9 @@ class Detector(TwoTower):
         )
         if names is not None:
             scale, bias = self.class_fit() if fit is None else fit
-            outputs = scale * (F.normalize(outputs, dim=-1) @ names.float().T) + bias
+            # Half precision has three digits of a similarity, which the scale would magnify.
+            with torch.autocast(places.device.type, enabled=False):
+                outputs = scale * (F.normalize(outputs, dim=-1) @ names.float().T) + bias
         elif self.by_text:
             raise UsageError("this detector finds objects by name: give it names")
         return Prediction(outputs, boxes, centerness.squeeze(-1))
