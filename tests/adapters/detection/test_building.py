@@ -19,7 +19,7 @@ from unicl.engine.metrics import read_metrics
 from unicl.engine.optimizer import parameter_groups
 from unicl.engine.torch_backend import TorchBackend
 from unicl.errors import UniclError, UsageError
-from unicl.models import load, read_recipe
+from unicl.models import read_recipe
 
 CLASSES = pytest.mark.parametrize("classes", ["texts", "numbers", "none"])
 

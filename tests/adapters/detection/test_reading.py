@@ -8,7 +8,7 @@ from PIL import Image
 from adapters.detection.reading import DetectionReader, JoinedSets
 from adapters.detection.transforms import EvalTransform, TrainTransform
 from adapters.detection.vocabulary import Vocabulary
-from tests.adapters.detection.painted import COLOURS, GROUND, paint, write_painted
+from tests.adapters.detection.painted import COLOURS, paint, write_painted
 from unicl.data.loader import BatchLoader
 from unicl.data.order import SampleOrder
 from unicl.distributed import Ranks
