@@ -154,7 +154,7 @@ def test_weights_of_another_kind(runs):
     with pytest.raises(UniclError, match=r"text\.") as caught:
         started(runs, "numbers")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="does not fit image_tower.model"):
+    with pytest.raises(UsageError, match=r"does not fit image_tower\.model"):
         started(runs, "towers", image_tower__model="test_resnet")
 
 
