@@ -52,7 +52,7 @@ def measure(*, quick: bool) -> Result:
     images = torch.rand(1, 3, sizes.side, sizes.side)
     objects = _objects(sizes.side)
     bars, parts, rates = [], [], []
-    for precision in ("fp32", "bf16"):
+    for precision in ("bf16",) if quick else ("fp32", "bf16"):
         of_parts = compare(
             _parts(detector, images, objects, precision),
             repeats=sizes.repeats,
