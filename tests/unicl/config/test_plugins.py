@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from unicl.cli import main
 from unicl.config import (
     Plugin,
     evaluation_names,
@@ -174,3 +175,43 @@ def test_asking_for_recipes_imports_no_torch() -> None:
         "assert not {'torch', 'av', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("lacking", ["add_commands", "evaluate"])
+def test_one_that_can_do_half_of_its_task_is_left_out(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (
+        "from adapters.detection.plugin import DetectionPlugin\n"
+        "class Half:\n"
+        "    name, recipe, recipes = 'half', DetectionPlugin.recipe, DetectionPlugin.recipes\n"
+        "    evaluations = ('map',)\n"
+        "    complete, build = DetectionPlugin.complete, DetectionPlugin.build\n"
+        "    load, evaluate = DetectionPlugin.load, DetectionPlugin.evaluate\n"
+        "    add_commands = DetectionPlugin.add_commands\n"
+        f"del Half.{lacking}\n"
+        "plugin = Half()\n"
+    )
+    (tmp_path / f"half_{lacking}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)
+    _install(monkeypatch, half=f"half_{lacking}:plugin")
+    assert {name.partition("-")[0] for name in evaluation_names()} == {"video"}
+    (warning,) = set(caplog.messages)
+    assert "the plug-in half lacks something of unicl.config.Medium or Skill" in warning
+    with pytest.raises(UniclError, match="lacks something of unicl.config.Medium or Skill"):
+        find_plugin("half")
+
+
+def test_commands_that_are_broken_cost_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(commands: object) -> None:
+        raise ImportError("no module of mine")
+
+    monkeypatch.setattr(find_plugin("detection"), "add_commands", fail, raising=False)
+    _install(monkeypatch, detection="adapters.detection.plugin:plugin")
+    seen: list[str] = []
+    monkeypatch.setattr("unicl.cli.warn_once", seen.append)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    assert seen == ["left out: the commands of plug-in detection: no module of mine"]

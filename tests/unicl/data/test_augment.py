@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from unicl.data.augment import EvalTransform, TrainTransform, UndecodableImage, open_image
+from unicl.data.augment import (
+    EvalTransform,
+    TrainTransform,
+    UndecodableImage,
+    open_image,
+    upright,
+    upright_size,
+)
 
 
 def encode(image, format="PNG", **options):
@@ -255,3 +262,17 @@ def test_damaged_files_decode_or_say_so(format, changes, kept):
 def test_what_is_no_image_is_undecodable(data):
     with pytest.raises(UndecodableImage):
         open_image(data)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_image_as_it_is_stored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = smooth(40, 20)
+    stored = upright(opened(image, exif=exif), as_stored=True)
+    np.testing.assert_array_equal(np.asarray(stored), np.asarray(image))
+    seen = upright(opened(image, exif=exif))
+    assert seen.size == upright_size(opened(image, exif=exif))
+    # What was turned once, or is not to be turned, stays so.
+    for turned in (stored, seen):
+        np.testing.assert_array_equal(np.asarray(upright(turned)), np.asarray(turned))

@@ -233,3 +233,27 @@ def test_checking_a_size_changes_nothing(model):
     for name, value in image_tower.state_dict().items():
         assert type(value) is torch.Tensor
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("model", ["coswin_nano", "test_resnet", "convnextv2_atto"])
+def test_maps_of_several_strides(model):
+    tower = small_tower(model).eval()
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        maps = tower.maps(pixels, (8, 16, 32))
+        floats = tower.maps(
+            normalize(pixels / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (32,)
+        )
+    widths = tower.map_widths((8, 16, 32))
+    assert [each.shape for each in maps] == [
+        (2, width, 64 // stride, 96 // stride)
+        for width, stride in zip(widths, (8, 16, 32), strict=True)
+    ]
+    torch.testing.assert_close(floats[0], maps[2], rtol=1e-3, atol=1e-4)
+
+
+def test_a_tower_of_tokens_has_no_maps():
+    with pytest.raises(
+        UsageError, match=r"test_vit has no maps of strides 8, 16, 32; take a model"
+    ):
+        small_tower("test_vit").map_widths((8, 16, 32))
