@@ -167,8 +167,10 @@ class DetectionReader:
     def __getitem__(self, positions: tuple[int, int]) -> DetectionPiece:
         """Read the images at `count` stream positions from the first one on."""
         first, count = positions
-        images, boxes, labels, judged, originals, rows = [], [], [], [], [], []
-        keys, skipped = [], []
+        images: list[Tensor] = []
+        boxes: list[Tensor] = []
+        labels: list[Tensor] = []
+        judged, originals, rows, keys, skipped = [], [], [], [], []
         for position, index in enumerate(self.order.indices(first, count).tolist(), first):
             key = ""
             try:
