@@ -48,7 +48,7 @@ def recipe_of(folder: Path, **overrides: str) -> Recipe:
 
 def write_runs(folder: Path) -> Path:
     """Write scenes, and train on them: towers, then texts, numbers and none from their weights."""
-    write_scenes(folder / "scenes", num_train=12, num_valid=5, num_test=14)
+    write_scenes(folder / "scenes", num_train=8, num_valid=3, num_test=14)
     write_object_shards(folder / "objects", 12)
     objects = {**TOWERS, "data.train": str(folder / "objects"), "data.crop_scale": "0.9,1"}
     train(parse_recipe("", objects), folder / "towers")

@@ -264,7 +264,7 @@ def test_sets_train_together(runs, tmp_path):
     assert names[-2:] == ("dog", "stop sign")
     assert recipe.detection.category_ids == tuple(range(1, 23))
     loader = build(recipe, ALONE, start=True).loader
-    assert sum(len(batch) for batch in loader.epoch()) == loader.samples.num_samples == 13
+    assert sum(len(batch) for batch in loader.epoch()) == loader.samples.num_samples == 9
 
 
 def test_two_classes_of_one_name_are_one(tmp_path):
