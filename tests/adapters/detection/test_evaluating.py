@@ -129,7 +129,7 @@ def test_a_damaged_image_is_left_out_and_counted(runs, tmp_path):
         evaluate(str(runs / "texts"), "detection-map", [str(scenes)], options(out))
 
 
-def test_what_an_image_lacks_by_damage_is_no_miss(runs):
+def test_what_a_damaged_image_shows_is_missed(runs):
     images = open_detection_set(str(runs / "scenes"), split="test", root=Path("data"))
     perfect = [
         {**{key: each[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.9}
@@ -137,9 +137,23 @@ def test_what_an_image_lacks_by_damage_is_no_miss(runs):
     ]
     rows = list(range(1, images.num_images))
     without = [each for each in perfect if each["image_id"] != int(images.image_ids[0])]
-    assert compare(Found(without, rows, {}), images, by_class=True)["ap"] == pytest.approx(1)
-    everything = Found(without, [0, *rows], {})
-    assert compare(everything, images, by_class=True)["ap"] < 1
+    assert compare(Found(without, rows, {}), images, by_class=True)["ap"] < 1
+    everything = Found(perfect, [0, *rows], {})
+    assert compare(everything, images, by_class=True)["ap"] == pytest.approx(1)
+
+
+def test_a_class_of_which_not_all_are_annotated_has_no_false_positives(runs):
+    images = open_detection_set(str(runs / "scenes"), split="val", root=Path("data"))
+    rows = list(range(images.num_images))
+    right = [{**each, "score": 0.5} for each in images.truth()["annotations"]]
+    elsewhere = [{**each, "bbox": [1.0, 1.0, 3.0, 3.0], "score": 0.95} for each in right]
+    found = Found([*right, *elsewhere], rows, {})
+    every = [np.unique(images.of(row).labels) for row in rows]
+    counts = np.cumsum([0, *map(len, every)])
+    exhaustive = replace(images, judged=Judged(np.concatenate(every).astype(np.int32), counts))
+    assert compare(found, exhaustive, by_class=True)["ap"] < 0.9
+    none = Judged(np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64))
+    assert compare(found, replace(images, judged=none), by_class=True)["ap"] == pytest.approx(1)
 
 
 def test_what_nobody_looked_for_is_neither_right_nor_wrong(runs):
