@@ -177,11 +177,12 @@ def _open(spec: str, split: str) -> DetectionSet:
 
 
 def open_held_out(spec: str) -> DetectionSet:
-    """Open the part of a set that is measured during training: `val`, or else `test`."""
-    try:
-        return _open(spec, "val")
-    except UsageError:
-        return _open(spec, "test")
+    """Open the part of a set that is measured during training, `val`.
+
+    Raises:
+        UsageError: there is no such part; a file, or the part's own folder, has no others.
+    """
+    return _open(spec, "val")
 
 
 def join(recipe: DetectionRecipe, sets: Sequence[DetectionSet]) -> JoinedSets:

@@ -242,13 +242,16 @@ def test_what_is_measured_during_training(runs, tmp_path):
     assert {"detection/ap", "detection/ap50", "detection/ar100"} <= run.metrics.keys()
     (tmp_path / "alone/test").mkdir(parents=True)
     shutil.copytree(runs / "scenes/test", tmp_path / "alone/test", dirs_exist_ok=True)
-    given["evaluation__data"] = str(tmp_path / "alone")  # no valid part: its test part
+    given["evaluation__data"] = str(tmp_path / "alone")
+    with pytest.raises(UsageError, match="has no split 'val'; it has test"):
+        train(recipe_of(runs, **given), tmp_path / "other")
+    given["evaluation__data"] = str(tmp_path / "alone/test")
     assert "detection/ap" in train(recipe_of(runs, **given), tmp_path / "other").metrics
 
 
 def test_classes_by_number_are_not_measured_on_others(runs, tmp_path):
     shutil.copytree(runs / "scenes/test", tmp_path / "test")
-    recipe = recipe_of(runs, detection__classes="numbers", evaluation__data=str(tmp_path))
+    recipe = recipe_of(runs, detection__classes="numbers", evaluation__data=str(tmp_path / "test"))
     with pytest.raises(UsageError, match=r"does not know 4 of the 24 classes .* 'blue triangle'"):
         train(recipe, tmp_path / "run")
 
