@@ -118,9 +118,14 @@ class _Boxes:
 
 
 def _verified(path: Path, boxes: _Boxes, numbers: dict[str, int]) -> Int64[np.ndarray, "pairs 2"]:
+    """Return the images and the classes of which a person said that they are not there.
+
+    Those that are there have boxes, or else are named more closely: a limousine has no box as car.
+    """
     pairs = array("q")
-    for _, row in _rows(path, ("ImageID", "LabelName")):
-        number = numbers.get(row["LabelName"])
+    for _, row in _rows(path, ("ImageID", "LabelName", "Confidence")):
+        denied = row["Confidence"].strip() in ("0", "0.0")
+        number = numbers.get(row["LabelName"]) if denied else None
         if number is not None:
             # An image of which all classes were denied has no box, and is still an image.
             pairs.append(boxes.images.setdefault(row["ImageID"], len(boxes.images)))
