@@ -97,18 +97,20 @@ class Finder:
             return []
         model, device = self.model, device_of(self.model)
         with evaluating(model), computing_in(device, self.autocast):
-            places = model.places(images.to(device))
-            names = self.names if model.by_text else None
-            prediction = model.predict(places, None if names is None else names.to(device))
+            all_places = model.places(images.to(device))
             anchors = model.anchors(*images.shape[-2:])
+        names = self.names.to(device) if model.by_text and self.names is not None else None
         found = []
         for number, (size, original) in enumerate(
             zip(sizes.tolist(), originals.tolist(), strict=True)
         ):
+            # One by one: logits of thousands of names are larger than all else.
+            with torch.no_grad():
+                prediction = model.predict(all_places[number : number + 1], names)
             each = detections(
-                prediction.logits[number].sigmoid(),
-                prediction.deltas[number],
-                prediction.centerness[number],
+                prediction.logits[0].sigmoid(),
+                prediction.deltas[0],
+                prediction.centerness[0],
                 anchors,
                 size=tuple(size),
                 threshold=self.config.score_threshold,

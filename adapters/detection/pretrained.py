@@ -15,7 +15,7 @@ from adapters.detection.building import build_model
 from adapters.detection.config import OF_MODEL, READING, DetectionConfig, DetectionRecipe
 from adapters.detection.detector import Detector
 from adapters.detection.finding import Finder
-from adapters.detection.found import surest_names
+from adapters.detection.found import Detections, surest_names
 from adapters.detection.vocabulary import Vocabulary
 from unicl.data.prompts import TEMPLATES
 from unicl.errors import UsageError
@@ -85,20 +85,18 @@ class Detect:
         Raises:
             UsageError: the detector knows its own classes only, and a name is none of them.
         """
-        finder = self.finder(names)
-        found = surest_names(finder.in_image(image))
+        found = self.finder(names).in_image(image)
         own = self.config.class_names
-        if names is None:
-            called = list(own) or ["object"]
-        elif self.config.classes == "numbers":
-            called = list(own)
-        else:
-            called = list(names)
-        wanted = set(called) if names is None else set(self._known(names))
+        called: Sequence[str] = names or own or ("object",)
+        if self.config.classes == "numbers":
+            called = own
+        wanted = called if names is None else self._known(names)
+        asked = torch.tensor([name in wanted for name in called])
+        kept = (found.scores >= threshold) & asked[found.labels]
+        found = surest_names(Detections(*(tensor[kept] for tensor in found)))
         return [
             Detection(called[label], score, (box[0], box[1], box[2], box[3]))
             for box, score, label in zip(*(t.tolist() for t in found), strict=True)
-            if score >= threshold and called[label] in wanted
         ]
 
     def finder(

@@ -83,7 +83,9 @@ def test_classes_by_number_are_asked_for_by_name(predictors, picture):
     (whole,) = predictor.detect([picture], threshold=0.0)
     wanted = whole[0].name
     (found,) = predictor.detect([picture], [wanted.upper().replace(" ", "_")], threshold=0.0)
-    assert found == [each for each in whole if each.name == wanted]
+    # Those that another class was surer of are there, too: nobody asked for that one.
+    assert {each.name for each in found} == {wanted}
+    assert {each for each in whole if each.name == wanted} <= set(found)
     with pytest.raises(
         UsageError, match=r"knows its own 20 classes only, and 'zebra' is none; .*, \.\.\."
     ):
