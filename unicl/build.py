@@ -402,7 +402,7 @@ def build_held_out(
 def _check_free(folder: Path, recipe: Recipe) -> None:
     """Check that the folder is this recipe's run, or can become it."""
     if checkpoints(folder / "checkpoints"):
-        differing = _differences(read_recipe(folder), recipe)
+        differing = _differences(read_recipe(folder), recipe, _free_on_resume(recipe))
         if differing:
             raise UsageError(
                 f"{folder} holds a run with another {', '.join(differing[:3])}; "
@@ -442,12 +442,19 @@ def _claim(folder: Path, recipe: Recipe, digest: str) -> None:
         file.write(digest.encode())
 
 
-def _differences(old: object, new: object, prefix: str = "") -> list[str]:
+def _free_on_resume(recipe: Recipe) -> set[str]:
+    if recipe.task == PRETRAINING:
+        return _FREE_ON_RESUME
+    own = find_plugin(recipe.task).free_on_resume
+    return _FREE_ON_RESUME | {f"{recipe.task}.{key}" for key in own}
+
+
+def _differences(old: object, new: object, free: set[str], prefix: str = "") -> list[str]:
     keys = []
     for item in fields(old):  # type: ignore[arg-type]
         before, after, key = getattr(old, item.name), getattr(new, item.name), prefix + item.name
         if is_dataclass(before):
-            keys += _differences(before, after, f"{key}.")
-        elif before != after and key not in _FREE_ON_RESUME:
+            keys += _differences(before, after, free, f"{key}.")
+        elif before != after and key not in free:
             keys.append(key)
     return keys

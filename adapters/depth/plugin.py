@@ -18,6 +18,7 @@ class DepthPlugin:
     recipe = DepthRecipe
     recipes = files("adapters.depth") / "recipes"
     evaluations = ("zero-shot", "linear-probe", "few-shot", "fine-tune")
+    free_on_resume: frozenset[str] = frozenset()
     fine_tuning = {"classes": ("depth_classes", 10)}  # noqa: RUF012
 
     def complete(self, recipe: DepthRecipe) -> DepthRecipe:

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from adapters.detection.config import DetectionRecipe
+from adapters.detection.config import READING, DetectionRecipe
 
 
 class DetectionPlugin:
@@ -18,6 +18,7 @@ class DetectionPlugin:
     recipe = DetectionRecipe
     recipes = files("adapters.detection") / "recipes"
     evaluations = ("map", "zero-shot", "few-shot", "fine-tune")
+    free_on_resume = frozenset((*READING, "checkpointing")) - {"max_size"}
 
     def complete(self, recipe: DetectionRecipe) -> DetectionRecipe:
         """Name the classes, where the recipe leaves them to the data."""

@@ -24,6 +24,7 @@ class VideoPlugin:
         *("zero-shot", "linear-probe", "few-shot", "retrieval", "fine-tune"),
         "recognition",
     )
+    free_on_resume = frozenset(("num_clips", "num_crops"))
     fine_tuning = {"classes": ("video_classes", 30), "captions": ("video_captions", 5)}  # noqa: RUF012
 
     def complete(self, recipe: VideoRecipe) -> VideoRecipe:

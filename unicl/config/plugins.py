@@ -31,6 +31,8 @@ class Plugin(Protocol):
     """Folder of the recipes that it ships."""
     evaluations: tuple[str, ...]
     """What `unicl eval` can do with it, without `NAME-` before."""
+    free_on_resume: frozenset[str]
+    """Keys of its section that may change when a run goes on: they change no step's result."""
 
     def complete(self, recipe: Any) -> Any:
         """Return a recipe that knows what follows from its data."""

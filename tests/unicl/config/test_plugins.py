@@ -185,7 +185,7 @@ def test_one_that_can_do_half_of_its_task_is_left_out(
         "from adapters.detection.plugin import DetectionPlugin\n"
         "class Half:\n"
         "    name, recipe, recipes = 'half', DetectionPlugin.recipe, DetectionPlugin.recipes\n"
-        "    evaluations = ('map',)\n"
+        "    evaluations, free_on_resume = ('map',), frozenset()\n"
         "    complete, build = DetectionPlugin.complete, DetectionPlugin.build\n"
         "    load, evaluate = DetectionPlugin.load, DetectionPlugin.evaluate\n"
         "    add_commands = DetectionPlugin.add_commands\n"
