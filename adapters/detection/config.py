@@ -30,7 +30,8 @@ class DetectionConfig:
     class_names: tuple[str, ...] = ()
     """Names of the classes; empty takes those of the data."""
     category_ids: tuple[int, ...] = ()
-    """Their numbers in the data's annotations, which results have, too; empty takes the data's."""
+    """Their numbers in the data's annotations, which `unicl detect --json` tells, too; empty takes
+    the data's."""
     width: int = 256
     """Channels of the pyramid and of the head."""
     num_blocks: int = 6
@@ -69,7 +70,9 @@ class DetectionConfig:
         )
         for name in positive:
             _require(getattr(self, name) > 0, name, "must be positive", getattr(self, name))
-        _require(self.width % 16 == 0, "width", "must be a multiple of 16", self.width)
+        # With 16, each group of a norm would be one channel, whose mean is always zero.
+        suits = self.width % 16 == 0 and self.width >= 32
+        _require(suits, "width", "must be a multiple of 16, at least 32", self.width)
         _require(3 <= self.num_levels <= 5, "num_levels", "must lie in [3, 5]", self.num_levels)
         threshold = self.score_threshold
         _require(0 <= threshold < 1, "score_threshold", "must lie in [0, 1)", threshold)
@@ -104,6 +107,11 @@ class DetectionRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.trainer.compile:
+            raise UsageError(
+                "trainer.compile has no effect on a detector, whose images differ in size; leave "
+                "it out"
+            )
         if self.model is not None:
             raise UsageError(
                 f"task detection needs an image tower with maps of several sizes, not {self.model}"

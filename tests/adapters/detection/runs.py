@@ -28,7 +28,7 @@ TOWERS = {
 DETECTOR = {
     "task": "detection",
     "data.crop_scale": "1,1",
-    "detection.width": "16",
+    "detection.width": "32",
     "detection.num_blocks": "1",
     "detection.num_levels": "3",
     "detection.min_sizes": "64",
