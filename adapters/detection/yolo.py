@@ -43,9 +43,8 @@ def open_yolo(path: Path, *, name: str, split: str) -> DetectionSet:
     """
     content = _read_yaml(path)
     names = _class_names(path, content)
-    parts = {part: content[part] for part in _PARTS if content.get(part)}
-    if not parts and content.get("valid"):
-        parts = {"val": content["valid"]}
+    named = {**content, "val": content.get("val") or content.get("valid")}
+    parts = {part: named[part] for part in _PARTS if named.get(part)}
     split = choose_split(name, split, tuple(parts))
     start = _start(path, content)
     images = _images(path, start, parts[split])

@@ -56,6 +56,8 @@ def test_roboflow(tmp_path):
     assert found.of(1).labels.tolist() == [1, 0]
     assert found.files.read(1).key == "b.jpg"
     assert opened(path, "val").boxes.tolist() == [[0, 0, 40, 20]]
+    path.write_text(ROBOFLOW.replace("val:", "valid:"))
+    assert opened(path, "val").boxes.tolist() == [[0, 0, 40, 20]]
     with pytest.raises(UsageError, match=r"names images in \.\./test/images, which is not below"):
         opened(path, "test")
 
