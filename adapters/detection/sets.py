@@ -92,6 +92,9 @@ def open_detection_set(spec: str, *, split: str, root: Path) -> DetectionSet:
         opened = replace(opened, name=own)
     if opened.split not in (split, ""):
         logger.info("%s has no %s part, its %s is taken", opened.name, split, opened.split)
+    if opened.skipped:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in opened.skipped.items())
+        logger.warning("%s: annotations are left out (%s)", opened, reasons)
     return opened
 
 

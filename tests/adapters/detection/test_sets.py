@@ -181,3 +181,11 @@ def test_what_is_no_set(tmp_path, monkeypatch):
     roboflow(tmp_path / "bccd", categories=CATEGORIES)
     monkeypatch.chdir(tmp_path)
     assert open_detection_set("./bccd", split="test", root=tmp_path).name == "./bccd"
+
+
+def test_annotations_that_are_left_out_are_told(tmp_path, said):
+    bad = [box(2, 1, 3, (1, 2, 0, 5)), box(3, 1, 99), box(4, 1, 99)]
+    path = write(tmp_path / "x.json", [image(1, "a.jpg")], [box(1, 1, 3), *bad], pictures=tmp_path)
+    assert opened(path).skipped == {"unknown category": 2, "box without area": 1}
+    reasons = "unknown category: 2, box without area: 1"
+    assert said() == [f"{path}: annotations are left out ({reasons})"]
