@@ -104,11 +104,11 @@ class _Boxes:
         """Refuse two annotations of one id."""
         ids = np.sort(np.array(self.ids, np.int64))
         ids = ids[ids >= 0]
-        twice = ids[1:][ids[1:] == ids[:-1]]
+        twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
         if len(twice):
+            more = f" (and {len(twice) - 1:,} more ids)" if len(twice) > 1 else ""
             raise UniclError(
-                f"{self.path} has {len(twice)} annotations whose id another one has, such as id "
-                f"{twice[0]}; number them anew"
+                f"{self.path} has two annotations with id {twice[0]}{more}; number them anew"
             )
 
     def table(self, rows: Mapping[Any, int], numbers: Mapping[Any, int]) -> BoxTable:
@@ -171,7 +171,9 @@ def _read(path: Path) -> _CocoFile:
         kind = type(None) if key == "annotations" else dict
         if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
             raise UniclError(f"{path} is no file of COCO's boxes: {_lacking(items, key)}")
-    if len(annotations) != len(boxes.ids):
+    if len(annotations) > len(boxes.ids):
+        raise UniclError(f"{path} has an annotation that is null; remove it")
+    if len(annotations) < len(boxes.ids):
         raise UniclError(f"{path} has annotations inside of others; take their image_id out")
     boxes.require_single()
     return _CocoFile(content["images"], content["categories"], boxes)

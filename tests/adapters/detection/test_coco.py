@@ -140,7 +140,7 @@ def test_images_without_any_annotation(tmp_path):
 
 
 def test_repeated_ids(tmp_path):
-    with pytest.raises(UniclError, match=r"1 annotations whose id another one has, such as id 4;"):
+    with pytest.raises(UniclError, match=r"two annotations with id 4; number"):
         annotated(tmp_path, box(4, 5, 3), box(4, 2, 3))
     path = write(tmp_path / "i.json", [image(6, "a.jpg"), image(6, "b.jpg")], [])
     with pytest.raises(UniclError, match="two images with id 6; remove one"):
@@ -187,6 +187,7 @@ def test_ids_of_images_that_are_texts(tmp_path):
         ('{"images": [], "categories": []}', "names no images"),
         ('{"images": [], "categories": [], "annotations": [{}]}', "have no image_id"),
         ('{"images": [], "categories": [], "annotations": {}}', "no list of annotations"),
+        ('{"images": [], "categories": [], "annotations": [null]}', "an annotation that is null"),
         (
             '{"images": [], "categories": [], "annotations": [{"image_id": 1, "x": '
             '{"image_id": 2}}]}',
