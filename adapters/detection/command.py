@@ -51,7 +51,11 @@ def add_detect(commands: Any) -> None:
         help="what to look for (default: the classes of the training)",
     )
     command.add_argument(
-        "--threshold", type=float, default=0.3, metavar="T", help="lowest score (default: 0.3)"
+        "--threshold",
+        type=_threshold,
+        default=0.3,
+        metavar="T",
+        help="lowest score (default: 0.3)",
     )
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="write the images with boxes, under their names"
@@ -84,7 +88,7 @@ def _detect(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     inputs = _inputs(arguments.images)
     if arguments.out is not None:
         _require_apart(arguments.out, inputs)
-    predictor = _load(arguments.model, overrides, arguments.device, arguments.precision)
+    predictor = _load(arguments, overrides)
     found: list[tuple[str, Any]] = []
     unread = 0
     for each in inputs:
@@ -108,16 +112,19 @@ def _detect(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UniclError(f"{unread:,} of {len(inputs):,} images could not be read, as told above")
 
 
-def _load(model: str, overrides: Mapping[str, str], device: str, precision: str) -> Any:
+def _load(arguments: argparse.Namespace, overrides: Mapping[str, str]) -> Any:
     from adapters.detection.evaluating import detector_of
     from adapters.detection.pretrained import overridden
     from unicl.models import load
     from unicl.predictor import Predictor
 
-    loaded = load(model, device=device)
+    loaded = load(arguments.model, device=arguments.device)
     detect = detector_of(loaded)
     detect = replace(detect, config=overridden(detect.config, overrides))
-    return Predictor(replace(loaded, skills={"detect": detect}), precision=precision)
+    names_proposals = detect.config.classes == "none" and arguments.names is not None
+    if "detection.regions" in overrides and not names_proposals:
+        raise UsageError("detection.regions has an effect on --names of a detector of classes none")
+    return Predictor(replace(loaded, skills={"detect": detect}), precision=arguments.precision)
 
 
 def _inputs(places: Sequence[str]) -> list[_Input]:
@@ -161,7 +168,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _require_apart(out: Path, inputs: Sequence[_Input]) -> None:
     """Refuse a folder in which a picture would take the place of an image, and make it."""
-    originals = {os.path.realpath(each.place) for each in inputs if not _URL.match(each.place)}
+    originals = {os.path.realpath(place) for each in inputs if (place := _path(each.place))}
     for each in inputs:
         if os.path.realpath(out / each.name) in originals:
             raise UsageError(
@@ -171,6 +178,14 @@ def _require_apart(out: Path, inputs: Sequence[_Input]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(out, error) from error
+
+
+def _path(place: str) -> str | None:
+    """Return the file of a path or a file:// URL; None of other URLs."""
+    if not _URL.match(place):
+        return place
+    url = urlsplit(place)
+    return unquote(url.path) if url.scheme == "file" else None
 
 
 def _read(place: str) -> Any:
@@ -217,7 +232,10 @@ def _show(found: Sequence[tuple[str, Any]], num_images: int) -> None:
     from rich.table import Table
 
     if not found:
-        logger.info("found nothing in %d images; try a lower --threshold", num_images)
+        if num_images:
+            lower = "--threshold or --detection.score_threshold"
+            images = "1 image" if num_images == 1 else f"{num_images:,} images"
+            logger.info("found nothing in %s; try a lower %s", images, lower)
         return
     table = Table()
     table.add_column("image", overflow="fold")
@@ -242,4 +260,16 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"must be names with commas between, got {text!r}")
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise argparse.ArgumentTypeError(f"has {repeated!r} twice: name each class once")
     return names
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text!r}")
+    return value

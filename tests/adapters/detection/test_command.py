@@ -69,6 +69,8 @@ def test_no_input_is_overwritten_and_no_picture_another(runs, images, tmp_path, 
     link = tmp_path / "link"
     link.symlink_to(images)
     assert detect(runs / "texts", images / "a.png", "--out", link) == 2
+    assert detect(runs / "texts", (images / "a.png").as_uri(), "--out", images) == 2
+    assert "would overwrite the image" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     shutil.copy(images / "a.png", tmp_path / "other/a.png")
     shutil.copy(images / "a.png", tmp_path / "other/a.gif")
@@ -87,6 +89,8 @@ def test_a_damaged_image_does_not_keep_the_others(runs, images, capsys):
     assert files == {str(images / "a.png"), str(images / "more/b.JPG")}
     assert f"left out: cannot read {images / 'aa.png'}" in shown.err
     assert "1 of 3 images could not be read" in shown.err
+    assert detect(runs / "texts", images / "aa.png") == 1
+    assert "found nothing" not in capsys.readouterr().err
 
 
 def test_keys_of_looking_at_images_can_be_set(runs, images, capsys):
@@ -108,9 +112,12 @@ def test_keys_of_looking_at_images_can_be_set(runs, images, capsys):
         (("{runs}/scenes", "{images}"), "is not a run"),
         (("{runs}/numbers", "{images}", "--names", "dog"), "'dog' is none"),
         (("{runs}/texts", "{images}", "--names", "dog,,cat"), "names with commas between"),
-        (("{runs}/texts", "{images}", "--names", "dog,dog"), "occurs twice"),
+        (("{runs}/texts", "{images}", "--names", "dog, dog"), "has 'dog' twice"),
         (("{runs}/texts", "{images}", "--detection.width", "8"), "has no effect here"),
-        (("{runs}/texts", "{images}/a.png", "--threshold", "2"), "threshold must lie in"),
+        (("{runs}/texts", "{images}/a.png", "--threshold", "2"), "must lie in [0, 1], got '2'"),
+        (("{runs}/texts", "{images}/a.png", "--threshold", "nan"), "must lie in [0, 1]"),
+        (("{runs}/texts", "{images}/a.png", "--detection.regions", "pool"), "has an effect on"),
+        (("{runs}/none", "{images}/a.png", "--detection.regions", "pool"), "has an effect on"),
         (("{runs}/texts", "http://localhost:9/a.png"), "1 of 1 images could not be read"),
     ],
 )
