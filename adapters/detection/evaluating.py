@@ -167,6 +167,8 @@ def measure(
         "classes": config.classes,
         **{name: getattr(config, name) for name in READING if name not in unsaid},
         **(of_names if named else {}),
+        # Not among the images that were left out, which results count.
+        **({"skipped_annotations": dict(images.skipped)} if images.skipped else {}),
         **({"mark": mark} if mark else {}),
     }
     result = Result(
@@ -176,10 +178,7 @@ def measure(
         metrics=metrics,
         headline=headline,
         num_images=len(found.rows),
-        skipped={
-            **found.skipped,
-            **{f"annotation: {reason}": count for reason, count in images.skipped.items()},
-        },
+        skipped=found.skipped,
         protocol=protocol,
         seconds=time.perf_counter() - start,
     )

@@ -271,8 +271,9 @@ def _described(
         "num_train": part.images.num_images,
     }
     if not shots:
-        left_out = {f"annotation: {why}": count for why, count in part.images.skipped.items()}
-        return replace(result, protocol={**protocol, "skipped_in_train": left_out})
+        left_out = part.images.skipped
+        own = {"skipped_annotations_in_train": dict(left_out)} if left_out else {}
+        return replace(result, protocol={**protocol, **own})
     metric = f"{shots}_shot"
     return replace(
         result,

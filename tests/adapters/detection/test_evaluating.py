@@ -115,6 +115,19 @@ def test_pictures_show_what_was_found_beside_what_there_is(runs, tmp_path):
     assert len(list(small.iterdir())) == 3
 
 
+def test_annotations_left_out_are_no_images(runs, tmp_path):
+    scenes = tmp_path / "scenes"
+    shutil.copytree(runs / "scenes/test", scenes)
+    path = scenes / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [0, 0, 0, 5]
+    path.write_text(json.dumps(content))
+    out = options(tmp_path / "out")
+    (result,) = evaluate(str(runs / "texts"), "detection-map", [str(scenes)], out)
+    assert result.protocol["skipped_annotations"] == {"box without area": 1}
+    assert (result.num_images, result.left_out) == (14, "")
+
+
 def test_a_damaged_image_is_left_out_and_counted(runs, tmp_path):
     scenes = with_damage(runs, tmp_path / "scenes")
     out = tmp_path / "out"
