@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,8 +226,8 @@ class Predictor:
                 f"{self.name} is no detector; train one on it: "
                 "unicl train detection --weights MODEL --data.train FOLDER"
             )
-        if not 0 <= threshold <= 1:
-            raise UsageError(f"threshold must lie in [0, 1], got {threshold}")
+        if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+            raise UsageError(f"threshold must be a number in [0, 1], got {threshold!r}")
         if names is not None:
             names = _listed(names, "names", (str,), "a text")
             require_unique(names)

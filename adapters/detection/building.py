@@ -41,9 +41,7 @@ def complete(recipe: DetectionRecipe) -> DetectionRecipe:
         return recipe
     sets = open_sets(recipe)
     names = Vocabulary.join(sets).names
-    ids = sets[0].category_ids
-    if len(sets) > 1 or len(ids) > len(names):  # or several classes of a set have one name
-        ids = tuple(range(1, len(names) + 1))
+    ids = sets[0].category_ids if len(sets) == 1 else tuple(range(1, len(names) + 1))
     return replace(recipe, detection=replace(detection, class_names=names, category_ids=ids))
 
 
@@ -60,7 +58,10 @@ def build(recipe: DetectionRecipe, ranks: Ranks, *, start: bool) -> Parts:
             "detection.classes none keeps both towers as they are, which needs towers that are "
             "trained: name a run by `weights`"
         )
-    samples = join(recipe, open_sets(recipe))
+    sets = open_sets(recipe)
+    if not any(len(each.boxes) for each in sets):
+        raise UsageError(f"{', '.join(each.name for each in sets)} has no objects to learn from")
+    samples = join(recipe, sets)
     model = build_model(recipe, start=start)
     return Parts(
         DetectionTraining(

@@ -26,7 +26,8 @@ class DetectionConfig:
     classes: Literal["texts", "numbers", "none"] = "texts"
     """texts: an object's class is the nearest of the names, which may be any; numbers: one output
     per class; none: boxes of objects of whatever class, while both towers stay as they are, to name
-    them afterwards, which is the paper's zero-shot detection."""
+    them afterwards, which is the paper's zero-shot detection. Every proposal gets one of the names
+    that are asked for: ask for all that may be there."""
     class_names: tuple[str, ...] = ()
     """Names of the classes; empty takes those of the data."""
     category_ids: tuple[int, ...] = ()

@@ -97,7 +97,7 @@ class AveragePrecision:
         self._tokens = tokenize(images.class_names) if detection.classes == "texts" else None
 
     def __call__(self, model: Detector) -> dict[str, float]:
-        """Return `detection/ap`, `detection/ap50`, ...; recall where objects have no class."""
+        """Return `detection/ap`, `detection/ap50`, ...; only recall where objects have no class."""
         names = None
         if self._tokens is not None:
             with evaluating(model):
@@ -106,6 +106,8 @@ class AveragePrecision:
         finder = Finder(model, self.detection, names)
         found = find_all(finder, self.images, self.loaders, self.ranks)
         metrics = compare(found, self.images, by_class=self.detection.classes != "none")
+        if self.detection.classes == "none":  # nothing says which proposals are right
+            metrics = {name: value for name, value in metrics.items() if name.startswith("ar")}
         return {f"detection/{name}": value for name, value in metrics.items()}
 
 

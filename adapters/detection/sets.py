@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
+
 from adapters.detection.coco import open_coco
 from adapters.detection.detection_set import Annotations, DetectionSet, Judged
 from adapters.detection.open_images import find_tables, open_open_images
+from adapters.detection.vocabulary import Vocabulary
 from adapters.detection.yolo import find_yaml, open_yolo
 from unicl.data.image_sets import MissingSetError
 from unicl.data.image_sets.image_set import choose_split
@@ -95,7 +98,32 @@ def open_detection_set(spec: str, *, split: str, root: Path) -> DetectionSet:
     if opened.skipped:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in opened.skipped.items())
         logger.warning("%s: annotations are left out (%s)", opened, reasons)
-    return opened
+    return _with_names_once(opened)
+
+
+def _with_names_once(images: DetectionSet) -> DetectionSet:
+    """Make one class of those that have one name: nothing could tell them apart."""
+    vocabulary = Vocabulary.join([images])
+    (numbers,) = vocabulary.numbers
+    kept = np.unique(numbers, return_index=True)[1]
+    if len(kept) == len(numbers):
+        return images
+    other = next(number for number in range(len(numbers)) if number not in kept)
+    logger.warning(
+        "%s has several classes called %r, which are taken for one: the category ids %d and %d",
+        images,
+        images.class_names[other],
+        images.category_ids[kept[numbers[other]]],
+        images.category_ids[other],
+    )
+    judged = images.judged
+    return replace(
+        images,
+        class_names=tuple(images.class_names[number] for number in kept),
+        category_ids=tuple(images.category_ids[number] for number in kept),
+        labels=numbers[images.labels].astype(np.int32),
+        judged=judged and Judged(numbers[judged.numbers].astype(np.int32), judged.offsets),
+    )
 
 
 def _path(spec: str, root: Path) -> Path:

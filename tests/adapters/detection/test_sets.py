@@ -1,3 +1,4 @@
+import json
 import logging
 
 import pytest
@@ -189,3 +190,23 @@ def test_annotations_that_are_left_out_are_told(tmp_path, said):
     assert opened(path).skipped == {"unknown category": 2, "box without area": 1}
     reasons = "unknown category: 2, box without area: 1"
     assert said() == [f"{path}: annotations are left out ({reasons})"]
+
+
+def test_classes_of_one_name_are_one(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("unicl"), "propagate", True)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": [n, 0, 4, 4]} for n in (1, 2, 3)
+        ],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(("Dog", "cat", "dog"), 1)],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    (tmp_path / "a.png").touch()
+    images = open_detection_set(str(tmp_path / "x.json"), split="test", root=tmp_path)
+    assert images.class_names == ("Dog", "cat")
+    assert images.category_ids == (1, 2)
+    assert images.of(0).labels.tolist() == [0, 1, 0]
+    assert "several classes called 'dog', which are taken for one: the category ids 1 and 3" in (
+        caplog.text
+    )
