@@ -90,7 +90,7 @@ def fine_tune(
     for shots, part in _parts(evaluation, data, training, options, out):
         num_images, epochs = part.images.num_images, _EPOCHS[evaluation]
         recipe = fine_tuning_recipe(model, num_images, part.where, overrides, epochs)
-        _require_classes(recipe, training, test)
+        _require_classes(recipe, part.images, test)
         require_same_steps(part.run, recipe)
         work.append((shots, part, recipe))
     results = []
@@ -275,11 +275,12 @@ def _described(
         own = {"skipped_annotations_in_train": dict(left_out)} if left_out else {}
         return replace(result, protocol={**protocol, **own})
     metric = f"{shots}_shot"
+    chosen = {"seed": seed} if part.chosen else {"examples": part.where.name}
     return replace(
         result,
         metrics={metric: result.metrics["ap"]},
         headline=metric,
-        protocol={**protocol, "seed": seed},
+        protocol={**protocol, **chosen},
     )
 
 
