@@ -253,7 +253,7 @@ def _convolutions(sizes: _Sizes) -> tuple[list[dict[str, object]], list[Bar]]:
         )
         bars.append(
             _gain(
-                f"deformable convolution of the {case}, speed over torchvision's, fp32",
+                f"deformable convolution, {case}: speed over torchvision's, fp32",
                 timings["torchvision"], timings["ours"], None,
             )
         )  # fmt: skip
