@@ -1,8 +1,7 @@
 """Does a detector learn names, and find what it knows by name only? On composed scenes.
 
 The scenes of `benchmarks.scenes`: four of the 24 combinations of colour and shape are in no
-training image, neither of the towers nor of the detectors. Of the emoji, the towers of the demo
-have seen all, the detector has not.
+training image, neither of the towers nor of the detectors.
 """
 
 import tempfile
@@ -17,8 +16,7 @@ from adapters.detection.pretrained import Detect, overridden
 from adapters.detection.sets import DetectionSet, open_detection_set
 from benchmarks import scenes
 from benchmarks.record import Bar, Result
-from unicl.config import load_recipe, parse_recipe
-from unicl.data.prepare import prepare
+from unicl.config import parse_recipe
 from unicl.engine.metrics import read_metrics
 from unicl.models import load
 from unicl.towers.pretrained import Pretrained
@@ -55,7 +53,7 @@ _DETECTOR = {
 def measure(*, quick: bool) -> Result:
     """Train towers, a detector by name, and class-agnostic proposals; look for the unseen.
 
-    One process of as many threads as torch is told; about half an hour on 2 cores.
+    One process of as many threads as torch is told; about ten minutes on 2 cores.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -89,8 +87,6 @@ def measure(*, quick: bool) -> Result:
             }
             for rule in ("crop", "pool")
         }
-        if not quick:
-            found |= _emoji(folder, steps)
         curve = _curve(folder / "named")
     held_out = rules["crop"]["held-out names"]
     return Result(
@@ -105,11 +101,6 @@ def measure(*, quick: bool) -> Result:
             _share("AP50, names shuffled", found["names shuffled"]["ap50"], 0.1, "at most"),
             _share("AR@100 of class-agnostic proposals", recall, None),
             _share("AP50, zero-shot, held-out names, cut out", held_out["ap50"], 0.5),
-            *(
-                _share(f"AP50, {names}, 1,000 steps", metrics["ap50"], None)
-                for names, metrics in found.items()
-                if names.startswith("emoji")
-            ),
         ],
         tables={
             "Detection by name": [{"names": k, **_figures(v)} for k, v in found.items()],
@@ -122,35 +113,6 @@ def measure(*, quick: bool) -> Result:
         },
         facts={"held_out": list(scenes.COMPOSED.held_out), "steps": steps},
     )
-
-
-def _emoji(folder: Path, steps: int) -> dict[str, dict[str, float]]:
-    """Train the demo's towers on its corpus, then a detector of emoji in scenes from them."""
-    corpus = folder / "corpus"
-    prepare("twemoji", corpus, samples_per_shard=2000)
-    keys = {
-        "data.train": str(corpus / "train"),
-        "evaluation.data": str(corpus / "held_out"),
-        "evaluation.names": str(corpus / "train"),
-        "trainer.device": "cpu",
-    }
-    towers = load_recipe("demo", keys)
-    sizes = {
-        "embed_dim": str(towers.embed_dim),
-        "text_tower.width": str(towers.text_tower.width),
-        "text_tower.num_heads": str(towers.text_tower.num_heads),
-        "text_tower.context_length": str(towers.text_tower.context_length),
-        "optimizer.text_rate": "0.1",
-    }
-    start = unicl.train(towers, folder / "demo").path
-    images = _write(folder, scenes.EMOJI, quick=False)
-    model = _train(images, folder / "emoji", start, scenes.EMOJI_SIDE, steps, sizes)
-    mixed, held_out = _open(images, "test"), scenes.EMOJI.held_out
-    return {
-        "emoji, seen names": _measured(model, _open(images, "val")),
-        "emoji, all names, mixed images": _measured(model, mixed),
-        "emoji, held-out names, mixed images": _measured(model, mixed, held_out),
-    }
 
 
 def _train_towers(folder: Path, num_images: int, steps: int) -> Path:
