@@ -1,4 +1,4 @@
-"""Does a detector learn names, and find what it knows by name only? On composed scenes.
+"""Does a detector learn names, and find objects that it knows by name only?
 
 The scenes of `benchmarks.scenes`: four of the 24 combinations of colour and shape are in no
 training image, neither of the towers nor of the detectors.

@@ -132,7 +132,7 @@ def test_what_is_no_detector(predictors, picture):
             [np.zeros((5, 5, 3), np.uint8)],
             None,
             {"threshold": 1.5},
-            r"threshold must lie in \[0, 1\]",
+            r"threshold must be a number in \[0, 1\]",
         ),
         ([np.zeros((5, 5, 3), np.uint8)], None, {"threshold": float("nan")}, "threshold"),
     ],
