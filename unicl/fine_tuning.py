@@ -141,15 +141,31 @@ def fine_tuning_recipe(
             batch_size=max(2, min(base.trainer.batch_size, num_samples)),
         ),
     )
-    text = recipe_to_toml(whole)
-    given = parse_recipe(text, overrides, source=name)
-    steps = max(_SHORTEST, -(-epochs * num_samples // given.trainer.batch_size))
+    return with_steps(whole, overrides, num_samples=epochs * num_samples, least=_SHORTEST)
+
+
+def with_steps(
+    recipe: Recipe, overrides: Mapping[str, str], *, num_samples: int, least: int
+) -> Recipe:
+    """Return a recipe with overrides, and as many steps as see so many samples.
+
+    Of these a third at most is warm-up. What the overrides say stands.
+
+    Args:
+        recipe: What is trained.
+        overrides: Keys of it.
+        num_samples: How many are seen, each as often as there are epochs.
+        least: Steps that it takes at least.
+    """
+    text = recipe_to_toml(recipe)
+    given = parse_recipe(text, overrides, source=recipe.name)
+    steps = max(least, -(-num_samples // given.trainer.batch_size))
     steps = given.trainer.steps if "trainer.steps" in overrides else steps
     found = {
         "trainer.steps": str(steps),
-        "schedule.warmup_steps": str(min(base.schedule.warmup_steps, steps // 3)),
+        "schedule.warmup_steps": str(min(recipe.schedule.warmup_steps, steps // 3)),
     }
-    return parse_recipe(text, {**found, **overrides}, source=name)
+    return parse_recipe(text, {**found, **overrides}, source=recipe.name)
 
 
 def _open(

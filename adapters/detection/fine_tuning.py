@@ -16,7 +16,7 @@ from adapters.detection.evaluating import measure, save
 from adapters.detection.measuring import category_ids
 from adapters.detection.sets import KNOWN_SETS, DetectionSet, open_detection_set
 from unicl.build import train
-from unicl.config import PRETRAINING, load_recipe, parse_recipe, recipe_to_toml
+from unicl.config import PRETRAINING, load_recipe
 from unicl.data.atomic import atomic_file
 from unicl.distributed import Ranks, first_speaks, joined
 from unicl.errors import UniclError, UsageError
@@ -24,7 +24,7 @@ from unicl.evaluation.page import figure
 from unicl.evaluation.published import Task
 from unicl.evaluation.results import Result, save_result
 from unicl.evaluator import Options, check, require_writable
-from unicl.fine_tuning import require_same_steps
+from unicl.fine_tuning import require_same_steps, with_steps
 from unicl.models import choose_device, full_name, load, recipe_of
 from unicl.towers.pretrained import Pretrained
 
@@ -161,15 +161,7 @@ def fine_tuning_recipe(
         data=replace(base.data, train=str(data)),
         trainer=replace(base.trainer, batch_size=min(base.trainer.batch_size, num_images)),
     )
-    text = recipe_to_toml(whole)
-    given = parse_recipe(text, overrides, source=_RECIPE)
-    steps = max(_SHORTEST, -(-epochs * num_images // given.trainer.batch_size))
-    steps = given.trainer.steps if "trainer.steps" in overrides else steps
-    found = {
-        "trainer.steps": str(steps),
-        "schedule.warmup_steps": str(min(base.schedule.warmup_steps, steps // 3)),
-    }
-    recipe = parse_recipe(text, {**found, **overrides}, source=_RECIPE)
+    recipe = with_steps(whole, overrides, num_samples=epochs * num_images, least=_SHORTEST)
     assert isinstance(recipe, DetectionRecipe)
     return recipe
 
