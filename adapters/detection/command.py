@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from unicl.cli.ranks import refuse_ranks
+from unicl.cli.using import model_name
 from unicl.data.atomic import atomic_file, write_error
-from unicl.errors import UniclError, UsageError, no_model
+from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
 
@@ -39,7 +40,7 @@ def add_detect(commands: Any) -> None:
         allow_abbrev=False,
     )
     command.add_argument(
-        "model", metavar="RUN", type=_run, help="a detector's run, or one of its checkpoints"
+        "model", metavar="RUN", type=model_name, help="a detector's run, or one of its checkpoints"
     )
     command.add_argument(
         "images", metavar="IMAGE", nargs="+", help="an image's file or URL, or a folder of images"
@@ -247,13 +248,6 @@ def _show(found: Sequence[tuple[str, Any]], num_images: int) -> None:
         sides = (f"{side:.0f}" for side in each.box)
         table.add_row(escape(place), escape(each.name), f"{each.score:.2f}", *sides)
     Console().print(table)
-
-
-def _run(name: str) -> str:
-    """Refuse a path that leads nowhere before torch is imported."""
-    if not name.startswith("open_clip:") and not Path(name).exists():
-        raise argparse.ArgumentTypeError(str(no_model(name)))
-    return name
 
 
 def _names(text: str) -> list[str]:

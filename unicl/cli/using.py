@@ -52,7 +52,7 @@ def _add_eval(commands: Any) -> None:
         "(--trainer.steps 200), and --out gets data, run and result.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
+    command.add_argument("model", metavar="MODEL", type=model_name, help=_MODEL)
     tasks = (*_TASKS, *evaluation_names())
     command.add_argument("task", metavar="TASK", choices=tasks, help=", ".join(tasks))
     command.add_argument(
@@ -93,7 +93,7 @@ def _add_embed(commands: Any) -> None:
         description="Write embeddings.npy, a row per image, and items.jsonl, a line per row.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
+    command.add_argument("model", metavar="MODEL", type=model_name, help=_MODEL)
     command.add_argument("data", metavar="DATA", type=_set, help=f"{_SET}, or any folder of images")
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_sets(command)
@@ -140,7 +140,10 @@ def _add_search(commands: Any) -> None:
     )
     command.add_argument("--k", type=_count, default=10, help="images per query (default 10)")
     command.add_argument(
-        "--model", metavar="MODEL", type=_model, help="the model that embedded, where it has moved"
+        "--model",
+        metavar="MODEL",
+        type=model_name,
+        help="the model that embedded, where it has moved",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page of pictures, too")
@@ -156,7 +159,7 @@ def _add_export(commands: Any) -> None:
         "comes out there is compared with the original.",
         allow_abbrev=False,
     )
-    command.add_argument("model", metavar="MODEL", type=_model, help=_MODEL)
+    command.add_argument("model", metavar="MODEL", type=model_name, help=_MODEL)
     command.add_argument(
         "--format", required=True, metavar="F", choices=FORMATS, help=", ".join(FORMATS)
     )
@@ -356,7 +359,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _model(name: str) -> str:
+def model_name(name: str) -> str:
     """Refuse a path that leads nowhere before torch is imported."""
     if not name.startswith("open_clip:") and not Path(name).exists():
         raise argparse.ArgumentTypeError(str(no_model(name)))
