@@ -42,7 +42,7 @@ class Pretraining:
         self.tile = tile
         self.ranks = ranks
         towers = {"image": model.image, "text": model.text}
-        self._frozen = frozenset(name for name, tower in towers.items() if not _learns(tower))
+        self._frozen = frozenset(name for name, tower in towers.items() if not learns(tower))
 
     def inputs(self, batch: Any) -> TaskInputs:
         """Lay out images, unique texts, and the labels that tie them together."""
@@ -118,8 +118,8 @@ class StepFlops:
         self.per_image = count_flops(model.image, (1, *image_shape), torch.float32)
         self.per_image *= images_per_sample
         self.per_token = text / context_length
-        self.per_image *= 3 if _learns(model.image) else 1
-        self.per_token *= 3 if _learns(model.text) else 1
+        self.per_image *= 3 if learns(model.image) else 1
+        self.per_token *= 3 if learns(model.text) else 1
 
     def __call__(self, inputs: TaskInputs) -> float:
         """Return the operations of this rank's part of a batch, which is still on the CPU."""
@@ -161,5 +161,6 @@ def _similarities(images: Tensor, texts: Tensor, ranks: Ranks) -> dict[str, Tens
     }
 
 
-def _learns(tower: nn.Module) -> bool:
+def learns(tower: nn.Module) -> bool:
+    """Say whether a tower has anything to learn."""
     return any(parameter.requires_grad for parameter in tower.parameters())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.detection.atss import Objects, losses
 from adapters.detection.detector import Detector
@@ -14,6 +14,7 @@ from adapters.detection.reading import DetectionBatch
 from unicl.data.order import mix
 from unicl.distributed import ALONE, Ranks
 from unicl.engine.task import TaskInputs
+from unicl.pretraining import learns
 
 _NAMES = int.from_bytes(b"names")
 
@@ -49,7 +50,7 @@ class DetectionTraining:
         self.ranks = ranks
         self._tokens = tokenize(names) if tokenize is not None and model.by_text else None
         towers = {"image": model, "text": model.text}
-        self._frozen = frozenset(name for name, tower in towers.items() if not _learns(tower))
+        self._frozen = frozenset(name for name, tower in towers.items() if not learns(tower))
 
     def inputs(self, batch: DetectionBatch) -> TaskInputs:
         """Lay out images, the names of this step, and the objects."""
@@ -112,7 +113,3 @@ class DetectionTraining:
             candidates = candidates[torch.from_numpy(drawn)]
         chosen = torch.cat([present, candidates]).sort().values
         return chosen if len(chosen) else torch.zeros(1, dtype=torch.int64)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
