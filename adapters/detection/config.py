@@ -31,8 +31,7 @@ class DetectionConfig:
     class_names: tuple[str, ...] = ()
     """Names of the classes; empty takes those of the data."""
     category_ids: tuple[int, ...] = ()
-    """Their numbers in the data's annotations, which `unicl detect --json` tells, too; empty takes
-    the data's."""
+    """Their numbers in the data's annotations; empty takes the data's."""
     width: int = 256
     """Channels of the pyramid and of the head."""
     num_blocks: int = 6

@@ -1,6 +1,7 @@
 """From images to the objects that a detector finds in them, in the images' own pixels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from adapters.detection.atss import Detections, detections, put_together
 from adapters.detection.config import DetectionConfig
 from adapters.detection.detector import Detector
+from adapters.detection.found import Detections, detections, put_together
 from adapters.detection.reading import DetectionBatch, JoinedSets, open_annotated
 from adapters.detection.regions import cropped_embeddings, name_proposals, pooled_embeddings
 from adapters.detection.transforms import EvalTransform, pad
@@ -66,14 +67,11 @@ class Finder:
             reason.
         """
         views: dict[int, list[Detections]] = {}
-        skipped: Mapping[str, int] = {}
+        skipped: Counter[str] = Counter()
         for loader in loaders:
-            skipped = {}
+            skipped.clear()  # each of them skips the same
             for batch in loader.epoch():
-                skipped = {
-                    reason: skipped.get(reason, 0) + batch.skipped.get(reason, 0)
-                    for reason in {**skipped, **batch.skipped}
-                }
+                skipped.update(batch.skipped)
                 found = self._in_batch(batch.images, batch.sizes, batch.originals)
                 for row, each in zip(batch.rows.tolist(), found, strict=True):
                     views.setdefault(row, []).append(each)

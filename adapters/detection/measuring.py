@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from adapters.detection.atss import Detections
 from adapters.detection.config import DetectionConfig
 from adapters.detection.detector import Detector
 from adapters.detection.finding import Finder
+from adapters.detection.found import Detections
 from adapters.detection.metrics import AGNOSTIC, agnostic, coco_metrics, to_coco
 from adapters.detection.reading import DetectionBatch, DetectionReader, JoinedSets
 from adapters.detection.sets import Annotations, DetectionSet
@@ -22,13 +22,12 @@ from unicl.data.loader import BatchLoader
 from unicl.data.order import SampleOrder
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError, UsageError
-from unicl.evaluation.embeddings import device_of, evaluating
+from unicl.evaluation.embeddings import embed_texts
 
 MAX_PIXELS = 1 << 30
 # A forward pass of `batch_size` images is meant for images of so many pixels; of larger ones it
 # takes fewer.
 _PIXELS = 224 * 224
-_NAMES_AT_ONCE = 256
 
 
 def build_loaders(
@@ -93,16 +92,13 @@ class AveragePrecision:
         ranks: Ranks = ALONE,
     ) -> None:
         self.images, self.loaders, self.detection = images, loaders, detection
-        self.ranks = ranks
-        self._tokens = tokenize(images.class_names) if detection.classes == "texts" else None
+        self.tokenize, self.ranks = tokenize, ranks
 
     def __call__(self, model: Detector) -> dict[str, float]:
         """Return `detection/ap`, `detection/ap50`, ...; only recall where objects have no class."""
         names = None
-        if self._tokens is not None:
-            with evaluating(model):
-                parts = self._tokens.to(device_of(model)).split(_NAMES_AT_ONCE)
-                names = torch.cat([model.name_embeddings(part) for part in parts])
+        if self.detection.classes == "texts":
+            names = embed_texts(model, self.images.class_names, self.tokenize)
         finder = Finder(model, self.detection, names)
         found = find_all(finder, self.images, self.loaders, self.ranks)
         metrics = compare(found, self.images, by_class=self.detection.classes != "none")

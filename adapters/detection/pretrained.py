@@ -19,13 +19,12 @@ from adapters.detection.found import Detections, surest_names
 from adapters.detection.vocabulary import Vocabulary
 from unicl.data.prompts import TEMPLATES
 from unicl.errors import UsageError
-from unicl.evaluation.embeddings import computing_in, device_of, evaluating
+from unicl.evaluation.embeddings import embed_texts
 from unicl.evaluation.zero_shot import class_embeddings
 from unicl.models import build_tokenizer, build_transform, identity_of, load_run
 from unicl.predictor import Detection
 from unicl.towers.pretrained import Pretrained
 
-_NAMES_AT_ONCE = 256
 # Of proposals, which the towers name as they name images.
 _TEMPLATES = TEMPLATES["simple"]
 
@@ -145,18 +144,8 @@ class Detect:
         self, names: tuple[str, ...], templates: tuple[str, ...]
     ) -> Float[Tensor, "names dim"]:
         if templates:
-            return class_embeddings(
-                self.model, names, templates, self.tokenize, batch_size=_NAMES_AT_ONCE
-            )
-        device = device_of(self.model)
-        with evaluating(self.model), computing_in(device, None):
-            parts = [
-                self.model.name_embeddings(
-                    self.tokenize(names[start : start + _NAMES_AT_ONCE]).to(device)
-                )
-                for start in range(0, len(names), _NAMES_AT_ONCE)
-            ]
-        return torch.cat(parts)
+            return class_embeddings(self.model, names, templates, self.tokenize)
+        return embed_texts(self.model, names, self.tokenize)
 
 
 @dataclass(frozen=True)

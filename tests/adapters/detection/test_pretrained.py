@@ -163,10 +163,10 @@ def test_a_detector_embeds_as_its_towers(runs, predictors, picture):
 def test_names_are_embedded_once(runs, monkeypatch, picture):
     predictor = Predictor.load(runs / "texts", device="cpu")
     seen = []
-    encode = predictor.model.name_embeddings
+    encode = predictor.model.encode_text
     monkeypatch.setattr(
         predictor.model,
-        "name_embeddings",
+        "encode_text",
         lambda tokens: seen.append(len(tokens)) or encode(tokens),
     )
     for _ in range(3):
