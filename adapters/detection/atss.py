@@ -11,22 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from adapters.detection.anchors import anchor_boxes, decode_boxes, encode_boxes
-from adapters.detection.found import Detections, detections, put_together
+from adapters.detection.anchors import decode_boxes
 from unicl.distributed import ALONE, Ranks
-
-__all__ = [
-    "Detections",
-    "Objects",
-    "Prediction",
-    "anchor_boxes",
-    "assign",
-    "decode_boxes",
-    "detections",
-    "encode_boxes",
-    "losses",
-    "put_together",
-]
 
 # Candidates of a box on each level.
 _NEAREST = 9

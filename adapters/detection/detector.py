@@ -8,7 +8,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters.detection.atss import Prediction, anchor_boxes
+from adapters.detection.anchors import anchor_boxes
+from adapters.detection.atss import Prediction
 from adapters.detection.config import DetectionConfig
 from adapters.detection.dynamic_head import DynamicHead
 from adapters.detection.pyramid import FeaturePyramid, level_sizes

@@ -10,17 +10,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from adapters.detection import found
-from adapters.detection.atss import (
-    Detections,
-    Objects,
-    Prediction,
-    anchor_boxes,
-    assign,
-    detections,
-    encode_boxes,
-    losses,
-    put_together,
-)
+from adapters.detection.anchors import anchor_boxes, encode_boxes
+from adapters.detection.atss import Objects, Prediction, assign, losses
+from adapters.detection.found import Detections, detections, put_together
 from tests.adapters.detection import plain
 from unicl.distributed import ALONE, Ranks
 

@@ -13,10 +13,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from adapters.detection.atss import Detections
 from adapters.detection.detection_set import Judged
 from adapters.detection.evaluating import detector_of
 from adapters.detection.finding import Finder
+from adapters.detection.found import Detections
 from adapters.detection.measuring import Found, compare
 from adapters.detection.sets import open_detection_set
 from unicl.errors import UniclError, UsageError

@@ -7,7 +7,7 @@ from scipy.ndimage import find_objects, label
 from torch import distributed as dist
 from torch import nn
 
-from adapters.detection.atss import encode_boxes
+from adapters.detection.anchors import encode_boxes
 from adapters.detection.config import DetectionConfig
 from adapters.detection.detector import Detector
 from adapters.detection.finding import Finder
