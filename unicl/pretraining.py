@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from unicl.distributed import ALONE, Ranks
-from unicl.engine.task import TaskInputs
+from unicl.engine.task import TaskInputs, num_rows
 from unicl.loss import unicl_loss
 from unicl.towers.text import deduplicate, trim
 from unicl.towers.two_tower import TwoTower
@@ -123,8 +123,11 @@ class StepFlops:
 
     def __call__(self, inputs: TaskInputs) -> float:
         """Return the operations of this rank's part of a batch, which is still on the CPU."""
-        tokens = trim(inputs.towers["text"]).numel()
-        return self.per_image * len(inputs.towers["image"]) + self.per_token * tokens
+        texts = inputs.towers["text"]
+        assert isinstance(texts, Tensor)
+        return (
+            self.per_image * num_rows(inputs.towers["image"]) + self.per_token * trim(texts).numel()
+        )
 
 
 def count_flops(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unicl.data.order import mix
 from unicl.distributed import Ranks
 from unicl.engine.precision import Precision, autocast
-from unicl.engine.task import Task
+from unicl.engine.task import Rows, Task
 
 
 class Encoder(nn.Module):
@@ -30,15 +30,16 @@ class Encoder(nn.Module):
         self.precision: Precision = "fp32"
         self._encode = task.encode
 
-    def forward(self, rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def forward(self, rows: dict[str, Rows], seed: int) -> dict[str, Tensor]:
         """Encode the rows [n, ...] of each tower into embeddings [n, ...].
 
         What a tower draws at random is a function of the seed and of the tower's name.
         """
         embeddings = {}
         for tower, part in rows.items():
-            _seed(mix(seed, int.from_bytes(tower.encode())), part.device)
-            with autocast(self.precision, part.device):
+            device = (part if isinstance(part, Tensor) else next(iter(part.values()))).device
+            _seed(mix(seed, int.from_bytes(tower.encode())), device)
+            with autocast(self.precision, device):
                 embeddings[tower] = self._encode(tower, part)
         return embeddings
 
@@ -56,7 +57,7 @@ class Backend(Protocol):
     loss_scale: float
     """Factor of the loss in the backward pass (fp16); what is returned is free of it."""
 
-    def encode(self, rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def encode(self, rows: dict[str, Rows], seed: int) -> dict[str, Tensor]:
         """Call the encoder."""
 
     def accumulate(self) -> AbstractContextManager[object]:

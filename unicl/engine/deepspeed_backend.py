@@ -36,7 +36,7 @@ from unicl.engine.optimizer import (
     set_learning_rate,
     update_averages,
 )
-from unicl.engine.task import Task
+from unicl.engine.task import Rows, Task
 
 BUCKET = 2**23
 """Elements of what is put together, reduced or fetched at a time: 32 MiB, near DDP's 25.
@@ -93,7 +93,7 @@ class DeepSpeedBackend:
         self._optimizer = self._engine.optimizer
         self.loss_scale = 1.0
 
-    def encode(self, rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def encode(self, rows: dict[str, Rows], seed: int) -> dict[str, Tensor]:
         """Call the encoder."""
         return self._engine(rows, seed)
 

@@ -6,14 +6,15 @@ time, and receives its rows of that gradient. One extra forward buys activations
 do not grow with the batch. Across ranks the gradient is averaged once, with the last chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unicl.data.order import mix
 from unicl.engine.backend import Backend
-from unicl.engine.task import Task, TaskInputs
+from unicl.engine.task import Rows, Task, TaskInputs, num_rows
 
 
 def num_chunks(most_rows: int, chunk: int | None) -> int:
@@ -48,7 +49,7 @@ def backward(
 
 
 def _cached_backward(
-    task: Task, backend: Backend, inputs: TaskInputs, parts: list[dict[str, Tensor]], seed: int
+    task: Task, backend: Backend, inputs: TaskInputs, parts: list[dict[str, Rows]], seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.no_grad():
         encoded = [backend.encode(rows, mix(seed, part)) for part, rows in enumerate(parts)]
@@ -59,7 +60,7 @@ def _cached_backward(
     loss, metrics = task.loss(_unpad(leaves, inputs), inputs.context)
     found = torch.autograd.grad(loss, [leaves[tower] for tower in learning])
     gradients = {
-        tower: gradient.split([len(rows[tower]) for rows in encoded])
+        tower: gradient.split([len(part[tower]) for part in encoded])
         for tower, gradient in zip(learning, found, strict=True)
     }
     del leaves, encoded, found
@@ -74,20 +75,25 @@ def _cached_backward(
     return loss.detach(), metrics
 
 
-def _split(towers: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+def _split(towers: Mapping[str, Rows], count: int) -> list[dict[str, Rows]]:
     """Cut each tower's rows into parts that differ by one row at most, and that all have one.
 
     So every parameter is used in every part, on every rank: what DDP and ZeRO count on. A tower
     with fewer rows than parts encodes zeros besides, and no gradient comes back to those.
     """
-    split = {}
-    for tower, rows in towers.items():
-        missing = count - len(rows)
-        if missing > 0:
-            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        split[tower] = rows.tensor_split(count)
-    return [{tower: rows[part] for tower, rows in split.items()} for part in range(count)]
+    split = {tower: _cut(rows, count) for tower, rows in towers.items()}
+    return [{tower: parts[part] for tower, parts in split.items()} for part in range(count)]
+
+
+def _cut(rows: Rows, count: int) -> Sequence[Any]:
+    if isinstance(rows, dict):
+        parts = zip(*(_cut(each, count) for each in rows.values()), strict=True)
+        return [dict(zip(rows, part, strict=True)) for part in parts]
+    missing = count - len(rows)
+    if missing > 0:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return rows.tensor_split(count)
 
 
 def _unpad(embeddings: Mapping[str, Tensor], inputs: TaskInputs) -> dict[str, Tensor]:
-    return {tower: embeddings[tower][: len(rows)] for tower, rows in inputs.towers.items()}
+    return {tower: embeddings[tower][: num_rows(rows)] for tower, rows in inputs.towers.items()}

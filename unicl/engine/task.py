@@ -1,17 +1,34 @@
 """The contract between the engine and what it trains: inputs per tower in, one loss out."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+Rows = Tensor | dict[str, Tensor]
+"""What a tower encodes, one row per sample: a tensor [n, ...], or several by name, of which a
+sample has its row of each, as an image and its question."""
+
+
+def num_rows(rows: Rows) -> int:
+    """Return how many samples there are."""
+    return len(rows if isinstance(rows, Tensor) else next(iter(rows.values())))
+
+
+def map_rows(function: Callable[[Tensor], Tensor], rows: Rows) -> Rows:
+    """Apply a function to a tensor, or to each of several."""
+    if isinstance(rows, Tensor):
+        return function(rows)
+    return {name: function(tensor) for name, tensor in rows.items()}
+
 
 @dataclass(frozen=True)
 class TaskInputs:
     """A batch as a task sees it."""
 
-    towers: dict[str, Tensor]
+    towers: Mapping[str, Rows]
     """Per tower the rows it encodes; rows are independent, so they may be encoded in chunks.
 
     What the loss learns besides, such as a scale, is a tower of one row: every gradient of the
@@ -23,9 +40,13 @@ class TaskInputs:
 
     def to(self, device: torch.device) -> "TaskInputs":
         """Return the inputs on another device."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         return TaskInputs(
-            {name: rows.to(device, non_blocking=True) for name, rows in self.towers.items()},
-            {name: value.to(device, non_blocking=True) for name, value in self.context.items()},
+            {name: map_rows(moved, rows) for name, rows in self.towers.items()},
+            {name: moved(value) for name, value in self.context.items()},
             self.frozen,
         )
 
@@ -41,8 +62,8 @@ class Task(Protocol):
     def inputs(self, batch: Any) -> TaskInputs:
         """Lay out this rank's part of a batch for the towers, still on the CPU."""
 
-    def encode(self, tower: str, rows: Tensor) -> Tensor:
-        """Encode rows [n, ...] of one tower into embeddings [n, dim]."""
+    def encode(self, tower: str, rows: Any) -> Tensor:
+        """Encode rows [n, ...] of one tower, laid out by `inputs`, into embeddings [n, dim]."""
 
     def loss(
         self, embeddings: dict[str, Tensor], context: dict[str, Tensor]

@@ -25,7 +25,7 @@ from unicl.engine.optimizer import (
     set_learning_rate,
     update_averages,
 )
-from unicl.engine.task import Task
+from unicl.engine.task import Rows, Task
 
 
 class TorchBackend:
@@ -57,7 +57,7 @@ class TorchBackend:
             # Training changes no buffer of ours, and every chunk would pay for the exchange.
             self._ddp.broadcast_buffers = False
 
-    def encode(self, rows: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def encode(self, rows: dict[str, Rows], seed: int) -> dict[str, Tensor]:
         """Call the encoder."""
         return (self._ddp or self.encoder)(rows, seed)
 

@@ -39,6 +39,27 @@ def test_chunks_change_no_gradient(chunks):
     assert whole["logit_scale"].abs() > 1e-6
 
 
+@pytest.mark.parametrize("chunks", [2, 5, 13])
+def test_a_tower_of_several_tensors_is_cut_sample_by_sample(chunks):
+    class Halved(ToyTask):
+        """Takes the left tower's input in two parts, as an image and its question."""
+
+        def encode(self, tower, rows):
+            rows = torch.cat([rows["one"], rows["other"]], 1) if tower == "left" else rows
+            return super().encode(tower, rows)
+
+    task, inputs = problem(11, dropout=0.0)
+    whole_loss, whole = gradients(task, inputs, 1)
+    one, other = inputs.towers["left"].split([2, 4], 1)
+    halved = {**inputs.towers, "left": {"one": one, "other": other}}
+    inputs = dataclasses.replace(inputs, towers=halved).to(torch.device("cpu"))
+    for count in (1, chunks):
+        loss, found = gradients(Halved(task.model), inputs, count)
+        torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("rows", "chunk", "expected"), [(7, None, 1), (7, 7, 1), (8, 7, 2), (96, 32, 3), (0, 4, 1)]
 )
