@@ -160,6 +160,38 @@ class ImageTower(nn.Module):
         """
         return [width for _, width in self._stages(strides)]
 
+    def tokens(
+        self, images: UInt8[Tensor, "batch channels *size"] | Float[Tensor, "batch channels *size"]
+    ) -> Float[Tensor, "batch places token_width"]:
+        """Return the backbone's last map, normed, one token per place, row by row.
+
+        Raises:
+            UsageError: The model has no such map.
+        """
+        self._require_maps()
+        (last,) = self.backbone.forward_intermediates(
+            self._normalised(images), indices=1, norm=True, intermediates_only=True
+        )
+        return last.flatten(2).transpose(1, 2)
+
+    @property
+    def token_width(self) -> int:
+        """Channels of the tokens.
+
+        Raises:
+            UsageError: The model has none.
+        """
+        self._require_maps()
+        return self.backbone.feature_info[-1]["num_chs"]
+
+    def _require_maps(self) -> None:
+        has_info = bool(getattr(self.backbone, "feature_info", ()))
+        if not has_info or not hasattr(self.backbone, "forward_intermediates"):
+            raise UsageError(
+                f"image_tower.model {self.model} gives no map of its image; take another, such as "
+                "coswin_tiny"
+            )
+
     def _stages(self, strides: Sequence[int]) -> list[tuple[int, int]]:
         """Return number and channels of the last stage of each stride."""
         infos = list(getattr(self.backbone, "feature_info", ()))

@@ -116,23 +116,45 @@ class TextTower(nn.Module):
         Raises:
             UsageError: The texts are longer than the context.
         """
+        ends = tokens.argmax(dim=1)
+        x = self.states(self.embed(tokens), None if self.causal else ends)
+        # Not len(x): that is a plain number, and an exported graph would know one batch size only.
+        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
+        return self.projection(self.norm(pooled))
+
+    def embed(self, tokens: Int[Tensor, "texts length"]) -> Float[Tensor, "texts length width"]:
+        """Return what the blocks begin with: each token's vector and that of its position.
+
+        Raises:
+            UsageError: The texts are longer than the context.
+        """
         length = tokens.shape[1]
         if length > self.context_length:
             raise UsageError(
                 f"texts of {length} tokens exceed the context of {self.context_length}"
             )
-        ends = tokens.argmax(dim=1)
-        mask = None if self.causal else _up_to(ends, length)
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        return self.token_embedding(tokens) + self.positional_embedding[:length]
+
+    def states(
+        self,
+        x: Float[Tensor, "texts length width"],
+        ends: Int[Tensor, " texts"] | None,
+    ) -> Float[Tensor, "texts length width"]:
+        """Return what the blocks make of embedded tokens, before the norm.
+
+        Args:
+            x: What `embed` returns.
+            ends: Place of the last token of each text, up to which its tokens all see each other;
+                None lets each see only those before it.
+        """
+        mask = None if ends is None else _up_to(ends, x.shape[1])
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 # No dropout in here, so there is no random state to bring back.
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, mask)
-        # Not len(x): that is a plain number, and an exported graph would know one batch size only.
-        pooled = x[torch.arange(x.shape[0], device=x.device), ends]
-        return self.projection(self.norm(pooled))
+        return x
 
 
 class _Block(nn.Module):

@@ -257,3 +257,25 @@ def test_a_tower_of_tokens_has_no_maps():
         UsageError, match=r"test_vit has no maps of strides 8, 16, 32; take a model"
     ):
         small_tower("test_vit").map_widths((8, 16, 32))
+
+
+@pytest.mark.parametrize("model", [*MODELS, "test_convnext", "swin_tiny_patch4_window7_224"])
+def test_tokens_are_the_last_map_row_by_row(model):
+    size = 224 if model.startswith("swin") else 64
+    tower = small_tower(model, image_size=size).eval()
+    images = torch.randn(2, 3, size, size)
+    tokens = tower.tokens(images)
+    assert tokens.shape[2] == tower.token_width
+    last = tower.backbone.forward_features(images)
+    if last.ndim == 4:  # of timm's models some put the channels last
+        last = last if last.shape[1] == tower.token_width else last.movedim(-1, 1)
+        last = last.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens, last[:, -tokens.shape[1] :])
+
+
+def test_a_model_without_maps_has_no_tokens(monkeypatch):
+    tower = small_tower("test_resnet")
+    monkeypatch.setattr(tower.backbone, "feature_info", [])
+    for ask in (lambda: tower.tokens(torch.zeros(1, 3, 32, 32)), lambda: tower.token_width):
+        with pytest.raises(UsageError, match="test_resnet gives no map of its image"):
+            ask()

@@ -202,3 +202,13 @@ def test_text_longer_than_the_context_is_refused():
         small_tower(context_length=8)(tokenize(["a cat"]))
     with pytest.raises(UsageError, match="num_heads must divide the width 32, got 5"):
         small_tower(num_heads=5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_states_are_what_features_are_made_of(causal):
+    tower, tokens = small_tower(causal=causal), tokenize(CAPTIONS)
+    ends = tokens.argmax(1)
+    states = tower.norm(tower.states(tower.embed(tokens), None if causal else ends))
+    rows = torch.arange(len(tokens))
+    torch.testing.assert_close(tower.projection(states[rows, ends]), tower(tokens))
+    assert states.shape == (len(CAPTIONS), 77, 32)
