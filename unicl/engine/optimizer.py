@@ -59,9 +59,11 @@ def rate_factors(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Return the factor of the learning rate of every parameter that lies in a tower.
 
     It is the tower's own, times `layer_decay` for each layer above. Towers number the layers of
-    their parameters, from the input on, in `layer_depths`.
+    their parameters, from the input on, in `layer_depths`. What an adapter puts on the towers has
+    the factor that its model's `rates` says.
     """
-    rates = {"image": config.image_rate, "text": config.text_rate}
+    own_rates: dict[str, float] = getattr(model, "rates", {})
+    rates = {"image": config.image_rate, "text": config.text_rate, **own_rates}
     towers: dict[str, Any] = dict(model.named_children())
     depths: dict[str, dict[str, int]] = {}
     if config.layer_decay < 1:

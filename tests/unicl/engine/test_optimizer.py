@@ -46,6 +46,17 @@ def test_layer_decay_is_that_of_timm(name):
     assert factors["image.projection.weight"] == 1
 
 
+def test_what_stands_on_the_towers_has_its_own_rate():
+    model = build_model()
+    model.heads = torch.nn.Linear(4, 4)
+    model.rates = {"heads": 50.0}
+    factors = rate_factors(model, RATES)
+    assert factors["heads.weight"] == factors["heads.bias"] == 50
+    assert factors["image.projection.weight"] == pytest.approx(0.1)
+    scales = {g["lr_scale"] for g in parameter_groups(model, RATES)}
+    assert {50.0, 2.0, 1.0} <= scales
+
+
 def test_layers_of_the_text_tower():
     factors = rate_factors(build_model(), RATES)
     expected = {
