@@ -232,12 +232,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Linear warm-up, then a cosine down to the final rate."""
+    """Linear warm-up, then down to the final rate."""
 
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0 to the peak rate."""
     final_learning_rate: float = 0.0
     """Rate at the last step."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """The way down from the peak: half a cosine, or a straight line."""
 
     def __post_init__(self) -> None:
         _require_not_negative(self, "schedule", "warmup_steps", "final_learning_rate")
