@@ -150,6 +150,9 @@ class Parts:
     """What measures the model on held-out data."""
     flops: Callable[[TaskInputs], float] | None = None
     """Counts the operations of a step on this rank."""
+    prepare: Callable[[Path], None] | None = None
+    """Makes what the steps need besides and keeps it in the run's folder; called on all ranks, when
+    they can exchange, each time before training goes on."""
 
 
 def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer:
@@ -181,9 +184,11 @@ def build_trainer(recipe: Recipe, folder: Path, ranks: Ranks = ALONE) -> Trainer
             final=recipe.schedule.final_learning_rate,
             warmup_steps=recipe.schedule.warmup_steps,
             total_steps=recipe.trainer.steps,
+            decay=recipe.schedule.decay,
         ),
         evaluators=parts.evaluators,
         flops=parts.flops,
+        prepare=parts.prepare,
         ranks=ranks,
     )
 
@@ -277,7 +282,7 @@ def build_train_loader(
         recipe,
         shards,
         SampleOrder(shards.shard_sizes, seed=seed, window=data.shuffle_window),
-        decode=_build_train_decoder(recipe) if decode is None else decode,
+        decode=build_train_decoder(recipe) if decode is None else decode,
         prompts=PromptSampler(data.templates, short_text_words=data.short_text_words, seed=seed),
         batch_size=batch_size,
         seed=seed,
@@ -285,7 +290,8 @@ def build_train_loader(
     )
 
 
-def _build_train_decoder(recipe: Recipe) -> Decode:
+def build_train_decoder(recipe: Recipe) -> Decode:
+    """Build what decodes and augments an image of the training data."""
     transform = TrainTransform(
         recipe.image_tower.image_size,
         scale=recipe.data.crop_scale,

@@ -41,7 +41,7 @@ from unicl.engine.metrics import (
     peak_teraflops,
 )
 from unicl.engine.precision import LossScale, autocast, faster_precision
-from unicl.engine.task import Task, TaskInputs
+from unicl.engine.task import Task, TaskInputs, num_rows
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
@@ -87,6 +87,7 @@ class Trainer:
         learning_rate: the rate of every step.
         evaluators: called with the model; they return figures by name, equal on all ranks.
         flops: counts the operations of a step on this rank, to report how well a device is used.
+        prepare: makes what the steps need besides, in the run's folder; all ranks call it together.
         ranks: the processes that train together.
     """
 
@@ -101,11 +102,12 @@ class Trainer:
         learning_rate: Callable[[int], float],
         evaluators: Sequence[Evaluator] = (),
         flops: Callable[[TaskInputs], float] | None = None,
+        prepare: Callable[[Path], None] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.loader, self.folder, self.config = task, loader, folder, config
         self.learning_rate, self.evaluators, self.ranks = learning_rate, evaluators, ranks
-        self._make_backend, self._flops = backend, flops
+        self._make_backend, self._flops, self._prepare = backend, flops, prepare
         self.device = next(task.model.parameters()).device
         self.step = 0
         self.updates = 0
@@ -130,6 +132,8 @@ class Trainer:
         finished = self.step >= self.config.steps
         if finished and (self.evaluation or not self.evaluators):
             return self._run()
+        if self._prepare is not None:
+            self._prepare(self.folder)
         self.log = MetricsLog(self.folder, step=self.step, active=self.ranks.first)
         with (
             contextlib.closing(self.log),
@@ -334,7 +338,7 @@ class Trainer:
     def _num_chunks(self, inputs: TaskInputs) -> int:
         if self.config.chunk is None:
             return 1
-        most = max(len(rows) for rows in inputs.towers.values())
+        most = max(map(num_rows, inputs.towers.values()))
         return num_chunks(max(self.ranks.gather_numbers(most))[0], self.config.chunk)
 
     def _choose_precision(self, inputs: TaskInputs, chunks: int) -> None:

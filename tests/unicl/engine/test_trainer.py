@@ -126,6 +126,17 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, number):
     assert_equal_runs(whole, resumed)
 
 
+def test_what_the_steps_need_is_prepared_each_time_before_they_go_on(tmp_path):
+    prepared = []
+    for steps in (4, 8):
+        trainer = make(tmp_path, steps=steps)
+        trainer._prepare = prepared.append
+        trainer.fit()
+    assert prepared == [tmp_path, tmp_path]
+    trainer.fit()
+    assert len(prepared) == 2
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     make(tmp_path).fit()
     before = untimed(tmp_path)
