@@ -26,12 +26,12 @@ from torch import Tensor
 
 from unicl.data.atomic import atomic_file, write_error
 from unicl.data.image_sets import ImageSet
+from unicl.data.image_sets.samples import Numbered
 from unicl.data.loader import Batch, Loader
 from unicl.data.order import SampleOrder
 from unicl.data.progress import Progress, progress_bar
 from unicl.data.prompts import PromptSampler
-from unicl.data.reader import Decode, ImageDecoder, samples_at_once
-from unicl.data.shards import RawSample
+from unicl.data.reader import Decode, ImageDecoder, SampleSet, samples_at_once
 from unicl.distributed import ALONE, Ranks
 from unicl.errors import UniclError
 from unicl.evaluation.embeddings import Embedded, embed_images, embed_texts
@@ -112,14 +112,15 @@ def image_embeddings(model: Pretrained, images: ImageSet, setting: Setting) -> I
 
 
 def image_blocks(
-    model: Pretrained, images: ImageSet, setting: Setting
+    model: Pretrained, images: ImageSet | SampleSet, setting: Setting
 ) -> Iterator[ImageEmbeddings]:
     """The same block by block, so that a set need not fit into memory; a block may have no rows.
 
-    On a terminal a bar shows how far it is.
+    On a terminal a bar shows how far it is. Of sets alone is known what to remember them by.
     """
     entry = None
     if setting.cache is not None:
+        assert isinstance(images, ImageSet)
         reading = f" {json.dumps(dict(model.reading))}" if model.reading else ""
         key = _key(model, setting, f"images{reading}", images.fingerprint)
         entry = setting.cache / key
@@ -210,10 +211,10 @@ def _key(model: Pretrained, setting: Setting, kind: str, content: str) -> str:
     return blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _loader(model: Pretrained, images: ImageSet, setting: Setting) -> Loader:
+def _loader(model: Pretrained, images: ImageSet | SampleSet, setting: Setting) -> Loader:
     decode = decoder_of(model)
     return Loader(
-        _Numbered(images),
+        Numbered(images),
         SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
         decode=decode,
         tokenize=_no_tokens,
@@ -229,27 +230,6 @@ def _loader(model: Pretrained, images: ImageSet, setting: Setting) -> Loader:
 def decoder_of(model: Pretrained) -> Decode:
     """Return what makes a model's input of an encoded file."""
     return model.decode or ImageDecoder(model.transform, _MAX_IMAGE_PIXELS)
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """Images whose labels are their numbers in the set, so that their own can be looked up."""
-
-    images: ImageSet
-
-    @property
-    def num_samples(self) -> int:
-        return self.images.num_samples
-
-    def read(self, index: int) -> RawSample:
-        sample = self.images.read(index)
-        return RawSample(sample.key, sample.image, b"")
-
-    def label(self, index: int, text: str, key: str) -> int:
-        return index
-
-    def locate(self, index: int) -> tuple[str, int]:
-        return self.images.locate(index)
 
 
 def _no_tokens(texts: Sequence[str]) -> Tensor:

@@ -227,3 +227,16 @@ def read_lines(path: Path) -> list[str] | None:
         raise UsageError(f"{path} is no text in UTF-8; save it as one") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the paths of all images anywhere below a folder, relative to it.
+
+    Raises:
+        UsageError: There is none.
+    """
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = sorted(path for path in paths if IMAGES.includes(str(path)))
+    if not found:
+        raise UsageError(f"{folder} has no image; expected {', '.join(IMAGES.suffixes)}")
+    return found

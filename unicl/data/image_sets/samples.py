@@ -6,6 +6,7 @@ copies of the video.
 
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -79,6 +80,10 @@ class SetSamples:
         # As a file of its own is its own shard, a message names the path alone.
         return RawSample(file.key, file.image, self._text(row, turn).encode())
 
+    def texts_of(self, index: int) -> tuple[str, ...]:
+        """Return all texts of a sample's file, its own among them."""
+        return self._texts(self._place(index)[0])
+
     def _place(self, index: int) -> tuple[int, int]:
         """Return the file of a sample, and which of its texts it has."""
         if not 0 <= index < self.num_samples:
@@ -93,3 +98,44 @@ class SetSamples:
         if isinstance(self.images, CaptionSet):
             return self.images.captions[row]
         return (self.images.class_names[int(self.images.targets[row])],)
+
+
+class Numbered:
+    """Samples whose labels are their numbers, so that what belongs to each can be looked up.
+
+    Args:
+        samples: What `unicl.data.loader.Loader` reads; those of a set of images have no texts.
+    """
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return self.samples.num_samples
+
+    @property
+    def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
+        """Number of samples that lie together, one number for each place."""
+        return self.samples.shard_sizes
+
+    def digest(self) -> str:
+        """Return a digest of the samples."""
+        return self.samples.digest()
+
+    def read(self, index: int) -> RawSample:
+        """Return an encoded image and its text.
+
+        Raises:
+            SampleError: It cannot be used.
+        """
+        return self.samples.read(index)
+
+    def label(self, index: int, text: str, key: str) -> int:
+        """Return the sample's number."""
+        return index
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return where the sample lies."""
+        return self.samples.locate(index)

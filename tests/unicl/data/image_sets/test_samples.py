@@ -17,7 +17,7 @@ from unicl.data.augment import TrainTransform
 from unicl.data.hash_table import text_label
 from unicl.data.image_sets import ClassificationSet
 from unicl.data.image_sets.images import ImageFiles
-from unicl.data.image_sets.samples import SetSamples
+from unicl.data.image_sets.samples import Numbered, SetSamples
 from unicl.data.image_sets.source import SetSource
 from unicl.data.loader import Loader
 from unicl.data.order import SampleOrder
@@ -224,3 +224,22 @@ def test_texts_that_only_look_different_share_a_label(tmp_path):
     labels = [samples.label(index, text, "") for index, text in enumerate(texts(samples))]
     assert labels[0] == labels[1]
     assert samples.table().num_texts == 1
+
+
+def test_numbered_samples_are_the_same_but_for_their_labels(captioned):
+    samples = open_video_samples(str(captioned), split="train", root=captioned)
+    numbered = Numbered(samples)
+    assert numbered.num_samples == samples.num_samples
+    assert numbered.shard_sizes.tolist() == samples.shard_sizes.tolist()
+    assert numbered.digest() == samples.digest()
+    for index in range(samples.num_samples):
+        assert numbered.read(index) == samples.read(index)
+        assert numbered.locate(index) == samples.locate(index)
+        assert numbered.label(index, "both", "key") == index
+
+
+def test_a_sample_knows_all_texts_of_its_file(captioned):
+    samples = open_video_samples(str(captioned), split="train", root=captioned)
+    for index, text in enumerate(texts(samples)):
+        assert text in samples.texts_of(index)
+    assert {len(samples.texts_of(index)) for index in range(samples.num_samples)} == {1, 3}
