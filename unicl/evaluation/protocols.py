@@ -333,33 +333,58 @@ def retrieval(model: Pretrained, images: CaptionSet, setting: Setting) -> Result
     """
     start = time.perf_counter()
     embedded = image_embeddings(model, images, setting)
-    rows = embedded.rows.tolist()
-    texts = [text for row in rows for text in images.captions[row]]
-    owners = [place for place, row in enumerate(rows) for _ in images.captions[row]]
-    number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    unique = texts_embeddings(model, list(number), setting)
-    numbers = [number[text] for text in texts]
-    pairs = set(zip(owners, numbers, strict=True))
-    right = torch.tensor(sorted(pairs))
-    times = torch.tensor(numbers).bincount()
-    num_owners = right[:, 1].bincount()
+    asked = CaptionPairs.of(images, embedded.rows.tolist())
+    unique = texts_embeddings(model, asked.texts, setting)
+    right = asked.right
     sides = {
         "i2t": right_ranks(embedded.embeddings, unique, right),
-        "t2i": right_ranks(unique, embedded.embeddings, right.flip(1), times),
+        "t2i": right_ranks(unique, embedded.embeddings, right.flip(1), asked.times),
     }
-    metrics = {
+    # No interval: captions of one image do not fail or succeed independently.
+    figures = recall_figures(sides), None
+    num_images = len(embedded.rows)
+    skipped = _left_out(images, embedded.skipped)
+    return _result(
+        "retrieval", model, images, setting, figures, num_images, skipped, asked.about, start
+    )
+
+
+def recall_figures(sides: Mapping[str, Int[Tensor, " num_ranks"]]) -> dict[str, float]:
+    """Return the figures of retrieval, from the ranks of right items in each direction."""
+    return {
         f"{side}_{name}": value
         for side, ranks in sides.items()
         for name, value in rank_metrics(ranks, _KS).items()
     }
-    # No interval: captions of one image do not fail or succeed independently.
-    figures = metrics, None
-    shared = int(times[num_owners > 1].sum())
-    protocol = {"num_texts": len(texts), "shared_captions": shared}
-    skipped = _left_out(images, embedded.skipped)
-    return _result(
-        "retrieval", model, images, setting, figures, len(rows), skipped, protocol, start
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionPairs:
+    """The unique captions of a set's images, and which of them belong together."""
+
+    texts: tuple[str, ...]
+    """Unique captions."""
+    right: Int[Tensor, "num_pairs 2"]
+    """Number of the image and number of the text of each pair, without repetition."""
+    times: Int[Tensor, " num_texts"]
+    """How often each text asks."""
+
+    @classmethod
+    def of(cls, images: CaptionSet, rows: Sequence[int]) -> "CaptionPairs":
+        """Find them among some of a set's images, which are numbered from 0 on."""
+        captions = [images.captions[row] for row in rows]
+        number = {text: 0 for texts in captions for text in texts}
+        number = {text: place for place, text in enumerate(number)}
+        asked = [(owner, number[text]) for owner, texts in enumerate(captions) for text in texts]
+        times = torch.tensor([text for _, text in asked]).bincount()
+        return cls(texts=tuple(number), right=torch.tensor(sorted(set(asked))), times=times)
+
+    @property
+    def about(self) -> dict[str, int]:
+        """How many captions ask, and how many of them are right for several images."""
+        shared = self.right[:, 1].bincount() > 1
+        total = int(self.times.sum())
+        return {"num_texts": total, "shared_captions": int(self.times[shared].sum())}
 
 
 def _result(
