@@ -17,13 +17,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from unicl.cli.ranks import refuse_ranks
-from unicl.cli.using import model_name
+from unicl.cli.using import add_device, model_name
 from unicl.data.atomic import atomic_file, write_error
 from unicl.errors import UniclError, UsageError
 
 logger = logging.getLogger("unicl")
 
-_PRECISIONS = ("fp32", "bf16", "fp16")
 _URL = re.compile(r"(https?|file)://")
 # What pictures are written as; of any other suffix, PNG is put behind it.
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -64,14 +63,7 @@ def add_detect(commands: Any) -> None:
     command.add_argument(
         "--json", action="store_true", help="print a line of JSON per object instead of a table"
     )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument(
-        "--precision",
-        default="fp32",
-        choices=_PRECISIONS,
-        metavar="P",
-        help=f"{', '.join(_PRECISIONS)} (default: fp32)",
-    )
+    add_device(command)
     command.set_defaults(run=_detect, takes_overrides=True)
 
 
@@ -136,7 +128,9 @@ def _inputs(places: Sequence[str]) -> list[_Input]:
             last = PurePosixPath(unquote(urlsplit(place).path)).name
             listed.append(_Input(place, Path(last or "image")))
         elif Path(place).is_dir():
-            found = _images_in(Path(place))
+            from unicl.data.image_sets.class_folder import images_below
+
+            found = images_below(Path(place))
             listed += [_Input(str(Path(place) / below), below) for below in found]
         elif Path(place).exists():
             listed.append(_Input(place, Path(Path(place).name)))
@@ -155,16 +149,6 @@ def _inputs(places: Sequence[str]) -> list[_Input]:
         taken.add(free)
         inputs.append(replace(each, name=free))
     return inputs
-
-
-def _images_in(folder: Path) -> list[Path]:
-    from unicl.data.image_sets.class_folder import IMAGES
-
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    found = sorted(path for path in paths if IMAGES.includes(str(path)))
-    if not found:
-        raise UsageError(f"{folder} has no image; expected {', '.join(IMAGES.suffixes)}")
-    return found
 
 
 def _require_apart(out: Path, inputs: Sequence[_Input]) -> None:

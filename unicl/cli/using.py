@@ -73,12 +73,12 @@ def _add_eval(commands: Any) -> None:
     )
     command.add_argument(
         "--shots",
-        type=lambda text: tuple(_count(word) for word in text.split(",")),
+        type=lambda text: tuple(positive_count(word) for word in text.split(",")),
         metavar="N,N",
         help="few-shot: images per class (default: 5,20,50)",
     )
     command.add_argument(
-        "--episodes", type=_count, metavar="N", help="few-shot: how many (default: 600)"
+        "--episodes", type=positive_count, metavar="N", help="few-shot: how many (default: 600)"
     )
     command.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the results as a table, too"
@@ -138,7 +138,9 @@ def _add_search(commands: Any) -> None:
     command.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image or video to look for"
     )
-    command.add_argument("--k", type=_count, default=10, help="images per query (default 10)")
+    command.add_argument(
+        "--k", type=positive_count, default=10, help="images per query (default 10)"
+    )
     command.add_argument(
         "--model",
         metavar="MODEL",
@@ -203,7 +205,8 @@ def _add_sets(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="test", help="part of the sets (default: test)")
 
 
-def _add_arithmetic(command: argparse.ArgumentParser) -> None:
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add where a command computes, and how precisely."""
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument(
         "--precision",
@@ -212,7 +215,11 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
         metavar="P",
         help=f"{', '.join(_PRECISIONS)} (default: fp32)",
     )
-    command.add_argument("--batch-size", type=_count, default=256, metavar="N")
+
+
+def _add_arithmetic(command: argparse.ArgumentParser) -> None:
+    add_device(command)
+    command.add_argument("--batch-size", type=positive_count, default=256, metavar="N")
     command.add_argument("--workers", type=_whole, default=2, metavar="N", help="loading processes")
     command.add_argument(
         "--cache",
@@ -347,7 +354,8 @@ def _report(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     logger.info("open %s in a browser", arguments.out)
 
 
-def _count(text: str) -> int:
+def positive_count(text: str) -> int:
+    """Read a number of which there is at least one."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
