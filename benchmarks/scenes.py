@@ -24,8 +24,8 @@ from unicl.data.twemoji import load_glyph, read_catalogue
 
 SIDE, EMOJI_SIDE = 96, 160
 PARTS = ("train", "valid", "test")
+SHAPES = ("circle", "square", "triangle", "cross")
 
-_SHAPES = ("circle", "square", "triangle", "cross")
 _EMOJI = (
     *("tiger", "penguin", "octopus", "butterfly", "lady beetle", "tropical fish", "flamingo"),
     *("watermelon", "banana", "strawberry", "grapes", "carrot", "broccoli", "hamburger", "pretzel"),
@@ -99,18 +99,25 @@ def _shared(boxes: Float64[np.ndarray, "objects 4"]) -> Float64[np.ndarray, " ob
     return common.sum(1) / common.diagonal() - 1
 
 
-def _paint_shapes(rng: np.random.Generator, names: Sequence[str]) -> Scene:
+def paint_shapes(
+    rng: np.random.Generator,
+    names: Sequence[str],
+    *,
+    side: int = SIDE,
+    radii: tuple[float, float] = _RADII,
+) -> Scene:
+    """Paint one object for each name, "red circle", on noise: radii lie between those given."""
     names = tuple(str(name) for name in names)
 
     def draw_sizes() -> Float64[np.ndarray, "objects 2"]:
-        return np.repeat(2 * rng.uniform(*_RADII, (len(names), 1)), 2, axis=1)
+        return np.repeat(2 * rng.uniform(*radii, (len(names), 1)), 2, axis=1)
 
-    boxes = _arrange(rng, SIDE, draw_sizes)
+    boxes = _arrange(rng, side, draw_sizes)
     ground = rng.uniform(80, 140) + rng.uniform(-15, 15, 3)
-    pixels = ground + 12 * rng.standard_normal((SIDE, SIDE, 3), np.float32)
+    pixels = ground + 12 * rng.standard_normal((side, side, 3), np.float32)
     for name, box in zip(names, boxes, strict=True):
         colour, shape = name.split()
-        depth = _depth(shape, box)[..., None]
+        depth = _depth(shape, box, side)[..., None]
         # A dark rim parts objects of one colour, and any from the ground.
         shade = np.where(depth < 1, 0.15, 1)
         paint = shade * (np.array(COLOURS[colour]) + rng.uniform(-10, 10, 3))
@@ -118,10 +125,12 @@ def _paint_shapes(rng: np.random.Generator, names: Sequence[str]) -> Scene:
     return Scene(pixels.round().clip(0, 255).astype(np.uint8), names, boxes)
 
 
-def _depth(shape: str, box: Float64[np.ndarray, "4"]) -> Float64[np.ndarray, "96 96"]:
+def _depth(
+    shape: str, box: Float64[np.ndarray, "4"], side: int
+) -> Float64[np.ndarray, "side side"]:
     """Return how far inside the object every pixel's centre lies; it is negative outside."""
     centre, radius = (box[:2] + box[2:]) / 2, (box[2] - box[0]) / 2
-    places = np.arange(SIDE) + 0.5
+    places = np.arange(side) + 0.5
     x, y = places[None, :] - centre[0], places[:, None] - centre[1]
     if shape == "circle":
         return radius - np.hypot(x, y)
@@ -163,10 +172,10 @@ def _glyphs() -> dict[str, Image.Image]:
 
 COMPOSED = World(
     "shapes",
-    tuple(sorted(f"{colour} {shape}" for colour, shape in product(COLOURS, _SHAPES))),
+    tuple(sorted(f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES))),
     ("blue triangle", "green circle", "red cross", "yellow square"),
     4,
-    _paint_shapes,
+    paint_shapes,
 )
 """6 colours x 4 shapes on noise; the colours and shapes of held-out classes occur in seen ones."""
 EMOJI = World(
@@ -181,7 +190,7 @@ EMOJI = World(
 
 def draw_scene(world: World, seed: int, part: str, index: int) -> Scene:
     """Compose a scene of seen objects; in `test` seen and held-out ones are mixed in each."""
-    rng = _generator(seed, part, index)
+    rng = make_generator(seed, part, index)
     if part != "test":
         return world.paint(rng, rng.choice(world.seen, rng.integers(1, world.most + 1)))
     names = [rng.choice(world.seen), rng.choice(world.held_out)]
@@ -192,7 +201,7 @@ def draw_scene(world: World, seed: int, part: str, index: int) -> Scene:
 
 def draw_object(seed: int, index: int) -> Scene:
     """Compose an image of one shape of a seen class: alone, or cut out of a scene of several."""
-    rng = _generator(seed, "objects", index)
+    rng = make_generator(seed, "objects", index)
     if index % 2 == 0:
         return COMPOSED.paint(rng, rng.choice(COMPOSED.seen, 1))
     scene = COMPOSED.paint(rng, rng.choice(COMPOSED.seen, rng.integers(1, COMPOSED.most + 1)))
@@ -243,17 +252,18 @@ def write_object_shards(folder: Path, num_images: int, *, seed: int = 0) -> Path
     with ShardWriter(folder, samples_per_shard=_SAMPLES_PER_SHARD) as writer:
         for index in range(num_images):
             shown = draw_object(seed, index)
-            writer.write(f"{index:06d}", _encode(shown.pixels), "png", shown.names[0])
+            writer.write(f"{index:06d}", encode(shown.pixels), "png", shown.names[0])
     return folder
 
 
-def _generator(seed: int, purpose: str, index: int) -> np.random.Generator:
+def make_generator(seed: int, purpose: str, index: int) -> np.random.Generator:
+    """Return the generator of one scene; each purpose, as a part, has others."""
     return np.random.default_rng((seed, int.from_bytes(purpose.encode()), index))
 
 
 def _shuffled(names: Sequence[str], seed: int) -> dict[str, str]:
     """Return for each name another one: all stand in one circle, and each takes the next one's."""
-    circle = [str(name) for name in _generator(seed, "names", 0).permutation(names)]
+    circle = [str(name) for name in make_generator(seed, "names", 0).permutation(names)]
     return dict(zip(circle, circle[1:] + circle[:1], strict=True))
 
 
@@ -266,7 +276,7 @@ def _write_part(
     objects: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
         file_name = f"{index:06d}.png"
-        (folder / file_name).write_bytes(_encode(scene.pixels))
+        (folder / file_name).write_bytes(encode(scene.pixels))
         height, width = scene.pixels.shape[:2]
         images.append({"id": index, "file_name": file_name, "height": height, "width": width})
         for name, box in zip(scene.names, scene.boxes, strict=True):
@@ -304,7 +314,8 @@ def _annotation(
     }
 
 
-def _encode(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+def encode(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """Return the pixels as a PNG file."""
     buffer = BytesIO()
     # Noise does not get smaller by trying harder.
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
