@@ -214,7 +214,7 @@ def _key(model: Pretrained, setting: Setting, kind: str, content: str) -> str:
 def _loader(model: Pretrained, images: ImageSet | SampleSet, setting: Setting) -> Loader:
     decode = decoder_of(model)
     return Loader(
-        Numbered(images),
+        Numbered(images, texts=False),
         SampleOrder(np.array([images.num_samples]), seed=0, window=1, shuffle=False),
         decode=decode,
         tokenize=_no_tokens,

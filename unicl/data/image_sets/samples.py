@@ -104,11 +104,13 @@ class Numbered:
     """Samples whose labels are their numbers, so that what belongs to each can be looked up.
 
     Args:
-        samples: What `unicl.data.loader.Loader` reads; those of a set of images have no texts.
+        samples: What is read: samples with texts, or a set of images.
+        texts: Keep the texts; without them, a sample that has none is read all the same.
     """
 
-    def __init__(self, samples: Any) -> None:
+    def __init__(self, samples: Any, *, texts: bool = True) -> None:
         self.samples = samples
+        self._texts = texts
 
     @property
     def num_samples(self) -> int:
@@ -125,12 +127,13 @@ class Numbered:
         return self.samples.digest()
 
     def read(self, index: int) -> RawSample:
-        """Return an encoded image and its text.
+        """Return an encoded image, and its text if that is kept.
 
         Raises:
             SampleError: It cannot be used.
         """
-        return self.samples.read(index)
+        sample = self.samples.read(index)
+        return sample if self._texts else RawSample(sample.key, sample.image, b"")
 
     def label(self, index: int, text: str, key: str) -> int:
         """Return the sample's number."""

@@ -236,6 +236,8 @@ def test_numbered_samples_are_the_same_but_for_their_labels(captioned):
         assert numbered.read(index) == samples.read(index)
         assert numbered.locate(index) == samples.locate(index)
         assert numbered.label(index, "both", "key") == index
+        silent = Numbered(samples, texts=False).read(index)
+        assert (silent.image, silent.text) == (samples.read(index).image, b"")
 
 
 def test_a_sample_knows_all_texts_of_its_file(captioned):
