@@ -1,0 +1,1 @@
+"""Question answering: METER's co-attention over the two towers, and captions (Florence 2.5)."""
