@@ -203,6 +203,8 @@ def results_folder(model: str | Path) -> Path:
 
 def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
     """Print results beside what the papers report, and write them as a table if asked to."""
+    if not results:  # a plug-in's work may end in files for a server
+        return
     table = Table()
     table.add_column("set", overflow="fold")
     table.add_column("metric", no_wrap=True)
@@ -212,12 +214,12 @@ def show(results: Sequence[Result], *, csv: Path | None = None) -> None:
         table.add_column(name or escape(results[0].model), justify="right", overflow="fold")
     for result in results:
         beside = {p.model: p for p in published(result.task, result.dataset)}
-        for metric in result.shown:
+        for number, metric in enumerate(result.shown):
             interval = result.interval_of(metric)
             table.add_row(
-                escape(result.name),
+                "" if number else escape(result.name),
                 metric,
-                f"{result.num_images:,}",
+                "" if number else f"{result.num_images:,}",
                 figure(metric, result.metrics[metric]),
                 " to ".join(figure(metric, end) for end in interval or ()),
                 *(_beside(beside.get(peer), result.dataset, metric) for peer in peers),

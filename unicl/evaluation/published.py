@@ -19,6 +19,9 @@ Task = Literal[
     "detection_zero_shot",
     "detection_few_shot",
     "detection_fine_tune",
+    "vqa",
+    "captioning",
+    "retrieval_reranked",
 ]
 Figures = Mapping[str, Mapping[str, float]]
 
@@ -46,6 +49,7 @@ _REPORTED_ON_VAL = ("imagenet", "kinetics400", "kinetics600", "kinetics700")
 _BOXES_REPORTED_ON_VAL = ("coco", "lvis", "objects365")
 _TRANSFER = "Florence, section 3.6 and its table of zero-shot transfer to 11 sets"
 _DETECTION = "Florence, section 3.6 and its table of fine-tuning"
+_VQA = "Florence, section 3.7 and table 8"
 _RETRIEVAL = "cosine similarity; Karpathy's test splits, 1,000 images of Flickr30k, 5,000 of COCO"
 
 ROBOFLOW = (
@@ -129,6 +133,8 @@ def is_rank(metric: str) -> bool:
 
 def reported_part(dataset: str, task: str = "") -> str:
     """Return the part of a set that is asked about where figures of a task are reported."""
+    if task == "vqa":
+        return "test-dev" if dataset == "vqav2" else "val"
     on_val = _BOXES_REPORTED_ON_VAL if task.startswith("detection") else _REPORTED_ON_VAL
     return "val" if dataset in on_val else "test"
 
@@ -341,5 +347,20 @@ PUBLISHED = (
         protocol="minival; as Florence quotes it",
         source=_DETECTION,
         figures=_coco(60.7, 61.3),
+    ),
+    *(
+        Published(
+            model=model,
+            task="vqa",
+            resolution=None,
+            protocol="test-dev, measured by the server; trained on train and val",
+            source=_VQA,
+            figures={"vqav2": {"accuracy": test_dev}},
+        )
+        for model, test_dev in (
+            ("Florence (CoSwin-H)", 80.16),
+            ("SimVLM", 80.03),
+            ("METER", 77.68),
+        )
     ),
 )

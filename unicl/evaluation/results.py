@@ -13,12 +13,16 @@ from typing import Any, get_args
 
 from unicl.data.atomic import atomic_file, write_error
 from unicl.errors import UniclError
-from unicl.evaluation.published import Task, reported_part
+from unicl.evaluation.published import Task, is_rank, reported_part
 
 logger = logging.getLogger("unicl")
 
 DETECTIONS = ".detections.json"
 """Ends the name of what was found in images, beside the result that was measured on it."""
+QUESTION_TYPE = "type/"
+"""Begins the names of metrics of one type of question."""
+SAID = ".said.json"
+"""Ends the name of what was answered, or said of images, beside the result."""
 
 # CLIP_benchmark's words for ours; i2t is an image that looks for its texts.
 _TASKS: dict[Task, str] = {
@@ -36,7 +40,12 @@ _METRICS = {
 _RECALLS = {"i2t": "text_retrieval_recall@", "t2i": "image_retrieval_recall@"}
 # What a table's row shows beside the headline, where it was measured.
 _BESIDE = {"top1": "top5", "map11": "map", "map": "map11", "ap": "ap50", "ar100": "ar10"}
-_ALL_SHOWN = ("few_shot", "retrieval", "retrieval_fine_tuned", "detection_few_shot")
+_ALL_SHOWN = (
+    *("few_shot", "retrieval", "retrieval_fine_tuned", "retrieval_reranked"),
+    *("detection_few_shot", "vqa", "captioning"),
+)
+# VQAv2 has 65 types of questions.
+_MOST_TYPES = 12
 # Characters of a set's name in a file's name; file systems allow about 255 in all.
 _LONGEST = 80
 
@@ -74,7 +83,9 @@ class Result:
 
     @property
     def noun(self) -> str:
-        """What was asked about: images, or videos."""
+        """What was asked about: images, videos, or questions."""
+        if self.task == "vqa":
+            return "questions"
         return "videos" if "num_frames" in self.protocol else "images"
 
     @property
@@ -100,7 +111,11 @@ class Result:
     def shown(self) -> list[str]:
         """Names of the metrics of a table's rows: the headline, and what belongs beside it."""
         if self.task in _ALL_SHOWN:
-            return list(self.metrics)
+            types = [name for name in self.metrics if name.startswith(QUESTION_TYPE)]
+            left_out = {*types} if len(types) > _MOST_TYPES else set()
+            if self.task == "retrieval_reranked":  # twice the figures: recalls are enough
+                left_out = {name for name in self.metrics if is_rank(name)}
+            return [name for name in self.metrics if name not in left_out]
         beside = _BESIDE.get(self.headline)
         return [self.headline, *([beside] if beside and beside in self.metrics else [])]
 
@@ -261,7 +276,7 @@ def _file_word(name: str) -> str:
 
 def result_files(folder: Path) -> list[Path]:
     """Return the files that results lie in, in the order of their names."""
-    return [p for p in sorted(folder.glob("*.json")) if not p.name.endswith(DETECTIONS)]
+    return [p for p in sorted(folder.glob("*.json")) if not p.name.endswith((DETECTIONS, SAID))]
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -4,6 +4,7 @@ import pytest
 
 from adapters.detection.sets import KNOWN_SETS as KNOWN_DETECTION_SETS
 from adapters.video.files import KNOWN_VIDEO_SETS
+from adapters.vqa.questions import KNOWN_SET as KNOWN_QUESTIONS
 from unicl.data.image_sets import KNOWN_SETS, LINEAR_PROBE_SETS, ZERO_SHOT_SETS
 from unicl.data.image_sets.public import PUBLIC_SETS
 from unicl.evaluation.published import PUBLISHED, published, reported_part
@@ -54,7 +55,7 @@ def test_a_set_has_what_is_published_of_it():
         if row.task.startswith("detection"):
             assert set(row.figures) <= {*KNOWN_DETECTION_SETS, "coco_test_dev"}
         elif row.task != "few_shot":
-            assert set(row.figures) <= {*KNOWN_SETS, *KNOWN_VIDEO_SETS}
+            assert set(row.figures) <= {*KNOWN_SETS, *KNOWN_VIDEO_SETS, KNOWN_QUESTIONS}
         assert row.source
         assert row.protocol
 
@@ -66,3 +67,5 @@ def test_figures_are_of_the_part_that_has_labels():
     assert reported_part("kinetics700") == "val"
     assert reported_part("coco", "retrieval") == "test"
     assert reported_part("coco", "detection_zero_shot") == "val"
+    assert reported_part("vqav2", "vqa") == "test-dev"
+    assert reported_part("my/questions", "vqa") == "val"

@@ -45,6 +45,7 @@ _WORDINGS = (
         "ap50",
         "average precision at overlap 0.5, on {set}, whose classes are known by name alone",
     ),
+    _Wording("vqa", "accuracy", "of {images} are answered as people do"),
 )
 
 

@@ -7,7 +7,7 @@ from unicl.evaluation.page import Cell, Column, figure, percent, table
 from unicl.evaluation.published import Published, is_rank, published
 from unicl.evaluation.report.contents import Report, Run
 from unicl.evaluation.report.measurement import measurement
-from unicl.evaluation.results import Result
+from unicl.evaluation.results import QUESTION_TYPE, Result
 
 _TASKS = {
     "zero_shot": (
@@ -55,6 +55,20 @@ _TASKS = {
         "Finding objects after fine-tuning",
         "Average precision of the boxes, after the model was trained on the set's own images.",
     ),
+    "vqa": (
+        "Answering questions",
+        "VQA's accuracy: an answer counts fully that at least three people gave; of all questions, "
+        "and by the type of answer and of question.",
+    ),
+    "captioning": (
+        "Saying what is there",
+        "CIDEr and BLEU of the captions beside what people wrote; 100% of CIDEr is no limit.",
+    ),
+    "retrieval_reranked": (
+        "Searching, and looking again",
+        "As in searching, where the best that the two towers bring up are looked at again together "
+        "with the text, by co-attention.",
+    ),
 }
 _METRICS = {
     "top1": "first guess right",
@@ -66,6 +80,9 @@ _METRICS = {
     "ap50": "at overlap 0.5",
     "ar10": "objects found in first 10",
     "ar100": "objects found in first 100",
+    "accuracy": "VQA's accuracy",
+    "cider": "CIDEr",
+    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
 }
 _SEARCHES = {"i2t": "image to text", "t2i": "text to image"}
 
@@ -149,6 +166,12 @@ def _metric(metric: str) -> str:
         return f"{_SEARCHES[side]}, {what.replace('_', ' ') if is_rank(what) else f'R@{what[1:]}'}"
     if metric.endswith("_shot"):
         return f"{metric.removesuffix('_shot')} images per class"
+    if side == "towers":
+        return f"{_metric(what)}, by the towers alone"
+    if metric.startswith(QUESTION_TYPE):
+        return f"questions: {metric.removeprefix(QUESTION_TYPE)}"
+    if metric.startswith("accuracy/"):
+        return f"answers: {metric.removeprefix('accuracy/')}"
     return _METRICS.get(metric, metric)
 
 
