@@ -221,11 +221,7 @@ class Predictor:
             UsageError: the model is no detector, or something that was asked for is wrong.
             UniclError: a file cannot be decoded.
         """
-        if "detect" not in self.skills:
-            raise UsageError(
-                f"{self.name} is no detector; train one on it: "
-                "unicl train detection --weights MODEL --data.train FOLDER"
-            )
+        detect = self._skill("detect", "is no detector", "detection")
         if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
             raise UsageError(f"threshold must be a number in [0, 1], got {threshold!r}")
         if names is not None:
@@ -234,7 +230,63 @@ class Predictor:
         images = _listed(images, "images", _IMAGES, "a path, a PIL image or an array")
         opened = (self._open(image, number) for number, image in enumerate(images))
         with computing_in(device_of(self.model), self._autocast):
-            return [self.skills["detect"](each, names, threshold) for each in opened]
+            return [detect(each, names, threshold) for each in opened]
+
+    def answer(
+        self, image: ImageInput, question: str, *, top_k: int = 5
+    ) -> list[tuple[str, float]]:
+        """The best answers to a question about an image, with how sure the model is of each.
+
+        Args:
+            image: a path, a URL, a PIL image or an array.
+            question: what is asked.
+            top_k: answers to return.
+
+        Example: `Predictor.load("runs/vqa").answer("park.jpg", "what is left of the bench?")` is
+        `[("dog", 0.91), ("bicycle", 0.07), ...]`; each answer is judged by itself, so that their
+        shares need not sum to one.
+
+        Raises:
+            UsageError: the model was not trained on questions, or the question is too long.
+            UniclError: the file cannot be decoded.
+        """
+        answer = self._skill("answer", "does not answer questions", "vqa")
+        _require_count(top_k, "top_k")
+        (question,) = _listed([question], "question", (str,), "a text")
+        if not question.strip():
+            raise UsageError("the question is empty; ask something")
+        (found,) = self._seen(image, lambda opened: answer(opened, [question], top_k))
+        return found
+
+    def caption(self, image: ImageInput) -> str:
+        """A caption of an image.
+
+        Args:
+            image: a path, a URL, a PIL image or an array.
+
+        Example: `Predictor.load("runs/captioning").caption("park.jpg")` is
+        `"a dog sits beside a bench"`.
+
+        Raises:
+            UsageError: the model was not trained on captions.
+            UniclError: the file cannot be decoded.
+        """
+        caption = self._skill("caption", "does not write captions", "captioning")
+        return self._seen(image, caption)
+
+    def _skill(self, name: str, lacks: str, recipe: str) -> Callable[..., Any]:
+        if name not in self.skills:
+            raise UsageError(
+                f"{self.name} {lacks}; train one on it: unicl train {recipe} --weights MODEL "
+                "--data.train FOLDER"
+            )
+        return self.skills[name]
+
+    def _seen(self, image: ImageInput, see: Callable[[Image.Image], Any]) -> Any:
+        """Return what a skill makes of one image."""
+        (image,) = _listed([image], "image", _IMAGES, "a path, a PIL image or an array")
+        with computing_in(device_of(self.model), self._autocast):
+            return see(self._open(image, 0))
 
     def _build_classifier(
         self, names: tuple[str, ...], templates: tuple[str, ...]
