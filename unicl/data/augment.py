@@ -147,6 +147,31 @@ class EvalTransform:
         return _pixels(_resize(image, share, box, self.size))
 
 
+class WholeTransform:
+    """The whole image, squeezed bicubically into a square: for what may be asked of any corner.
+
+    Args:
+        size: Side of the result, in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(
+        self, image: Image.Image, seed: int = 0
+    ) -> UInt8[Tensor, "3 {self.size} {self.size}"]:
+        """Resize an image; the seed has no effect.
+
+        Raises:
+            UndecodableImage: Pillow cannot decode the image.
+        """
+        orientation = _orientation(image)
+        width, height = _upright_size(image, orientation)
+        # As in `EvalTransform`.
+        image, share = _decode(image, 2 * self.size / min(width, height), orientation)
+        return _pixels(_resize(image, share, (0.0, 0.0, float(width), float(height)), self.size))
+
+
 def upright(
     image: Image.Image, *, longer_side: int | None = None, as_stored: bool = False
 ) -> Image.Image:

@@ -13,6 +13,7 @@ from unicl.data.augment import (
     EvalTransform,
     TrainTransform,
     UndecodableImage,
+    WholeTransform,
     open_image,
     upright,
     upright_size,
@@ -276,3 +277,25 @@ def test_an_image_as_it_is_stored(orientation):
     # What was turned once, or is not to be turned, stays so.
     for turned in (stored, seen):
         np.testing.assert_array_equal(np.asarray(upright(turned)), np.asarray(turned))
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 90), (8, 8), (1, 5)])
+def test_the_whole_image_is_squeezed_into_a_square(size):
+    image = smooth(*size)
+    expected = image.resize((16, 16), Image.Resampling.BICUBIC)
+    found = WholeTransform(16)(opened(image), 0)
+    assert torch.equal(found, torch.from_numpy(np.asarray(expected).transpose(2, 0, 1).copy()))
+
+
+def test_a_large_photo_is_whole_too_and_upright():
+    image = smooth(1200, 800)
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for each in (
+        opened(image, "JPEG", quality=95),
+        opened(turned, "JPEG", quality=95, exif=exif),
+    ):
+        found = WholeTransform(32)(each, 0)
+        expected = WholeTransform(32)(opened(image), 0)
+        assert difference(found, expected) < 2
