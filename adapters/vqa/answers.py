@@ -131,8 +131,8 @@ def build_vocabulary(sets: Iterable[QuestionSet], *, min_count: int = 9) -> tupl
     common = [(-count, answer) for answer, count in counts.items() if count >= min_count]
     if not common:
         raise UsageError(
-            f"no answer is the main one of {min_count} questions; lower min_count, or take a set "
-            "with annotations"
+            f"no answer is the main one of {min_count} questions; lower "
+            "vqa.min_answer_count, or take a set with annotations"
         )
     return tuple(answer for _, answer in sorted(common))
 

@@ -156,7 +156,7 @@ class CoAttention(nn.Module):
         self.image_layers, self.text_layers = stack(), stack()
         self.image_pooler = nn.Linear(width, width)
         self.text_pooler = nn.Linear(width, width)
-        self.apply(initialise)
+        initialise(self, width)
         nn.init.normal_(self.modality_embedding, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
@@ -245,11 +245,16 @@ class CoAttention(nn.Module):
         return layer(*arguments)
 
 
-def initialise(module: nn.Module) -> None:
-    """Initialise linear layers as BERT does."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+def initialise(module: nn.Module, width: int) -> None:
+    """Initialise linear layers as BERT does at its width of 768.
+
+    At others the deviation is such that what a layer gives is as large: of BERT's own a narrow
+    layer would give next to nothing.
+    """
+    for each in module.modules():
+        if isinstance(each, nn.Linear):
+            nn.init.normal_(each.weight, std=0.02 * (768 / width) ** 0.5)
+            nn.init.zeros_(each.bias)
 
 
 def _over_keys(mask: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ class WordHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder = nn.Linear(width, num_tokens)
-        self.apply(initialise)
+        initialise(self, width)
 
     def forward(self, states: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens _"]:
         """Return logits."""
@@ -40,7 +40,7 @@ class AnswerHead(nn.Module):
         self.fc1 = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.fc2 = nn.Linear(width, num_answers)
-        self.apply(initialise)
+        initialise(self, width)
 
     def forward(self, pooled: Float[Tensor, "pairs width"]) -> Float[Tensor, "pairs _"]:
         """Return logits."""
@@ -50,5 +50,5 @@ class AnswerHead(nn.Module):
 def matching_head(width: int) -> nn.Linear:
     """Return what tells a pair that matches, output 1, from one that does not, output 0."""
     head = nn.Linear(width, 2)
-    initialise(head)
+    initialise(head, width)
     return head
