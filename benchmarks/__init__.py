@@ -3,5 +3,5 @@
 NAMES = (
     *("loss", "text", "coswin", "coswin3d", "step", "gradient_cache", "distributed", "zero_memory"),
     *("cli", "loader", "clips", "inflation", "zero_shot", "linear_probe", "retrieval", "search"),
-    *("dynamic_head", "detection", "demo", "gpu"),
+    *("dynamic_head", "detection", "co_attention", "question_answering", "demo", "gpu"),
 )

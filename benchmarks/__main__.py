@@ -20,7 +20,7 @@ from unicl.errors import UniclError, UsageError
 # Only when asked for: what takes many minutes, or a machine of its own.
 _NOT_IN_ALL = (
     *("coswin3d", "inflation", "zero_shot", "linear_probe", "retrieval", "search"),
-    *("dynamic_head", "detection", "demo", "gpu"),
+    *("dynamic_head", "detection", "co_attention", "question_answering", "demo", "gpu"),
 )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapters.vqa.co_attention import CoAttention
+from benchmarks.co_attention import bridge_tower_layer
 
 WIDTH, HEADS = 16, 4
 
@@ -163,3 +164,16 @@ def test_the_stacks_of_meter_have_113_million_parameters():
         fusion = CoAttention(image_width=2048, text_width=768)
     stacks = [*fusion.image_layers.parameters(), *fusion.text_layers.parameters()]
     assert sum(p.numel() for p in stacks) == 113_421_312  # METER: 113.4M
+
+
+def test_a_layer_equals_that_of_bridge_tower():
+    fusion, (image, text), (image_mask, text_mask) = built(), tokens(), masks()
+    layer = fusion.text_layers[0]
+    x, y = fusion.image_projection(image), fusion.text_projection(text)
+    seen = layer.cross_attention.keys_values(x)
+    found = layer(y, seen, text_mask[:, None, None], image_mask[:, None, None])
+    hide = [torch.zeros(m.shape).masked_fill(~m, -1e30)[:, None, None] for m in masks()]
+    expected = bridge_tower_layer(layer, width=WIDTH, num_heads=HEADS, attention="eager")(
+        y, x, attention_mask=hide[1].double(), encoder_attention_mask=hide[0].double()
+    )[0]
+    torch.testing.assert_close(found[text_mask], expected[text_mask], rtol=1e-9, atol=1e-9)
