@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import motion, scenes
+from benchmarks import motion, quiz, scenes
 from tests.unicl.corpus import COLOURS, png
 from unicl.cli import main
 from unicl.data import twemoji
@@ -31,9 +31,9 @@ def stand_in(command):
     """What a test runs instead of a command that installs or takes minutes."""
     if command.startswith("make "):
         return f"make --dry-run {command.removeprefix('make ')} -C {shlex.quote(str(ROOT))}"
-    if match := re.fullmatch(r'pip install -e "\.\[(video|detection)\]"', command):
-        package = {"video": "av", "detection": "pycocotools, yaml"}[match[1]]
-        return f"{shlex.quote(sys.executable)} -c 'import {package}'"
+    if match := re.fullmatch(r'pip install -e "\.\[(video|detection|vqa)\]"', command):
+        packages = {"video": "av", "detection": "pycocotools, yaml", "vqa": "pycocoevalcap"}
+        return f"{shlex.quote(sys.executable)} -c 'import {packages[match[1]]}'"
     return command
 
 
@@ -80,6 +80,7 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     for part in ("train", "test"):
         motion.write_class_folder(tmp_path / "clips" / part, 12, seed=len(part))
     scenes.write_scenes(tmp_path / "boxes", num_train=8, num_valid=4, num_test=4)
+    quiz.write_questions(tmp_path / "questions", num_train=6, num_val=3)
     kinds = []
     for kind, text in blocks():
         kinds.append(kind)
