@@ -26,6 +26,7 @@ from benchmarks.scenes import SHAPES
 from cosswin.variants import coswin_nano
 from unicl.config import parse_recipe
 from unicl.data.augment import open_image
+from unicl.data.emoji_scenes import encode
 from unicl.data.reader import ImageDecoder
 from unicl.engine.metrics import read_metrics
 from unicl.evaluation.embeddings import evaluating
@@ -244,14 +245,14 @@ def captions_right(run: Path, held_out: int) -> float:
     reader = reader_of(load(run), "captions")
     drawn = [quiz.draw_quiz(0, "val", index) for index in range(held_out)]
     right = [
-        quiz.names_all(reader.caption(open_image(quiz.encode(each.scene.pixels))), each.scene)
+        quiz.names_all(reader.caption(open_image(encode(each.scene.pixels))), each.scene)
         for each in drawn
     ]
     return sum(right) / held_out
 
 
 def _seen(reader: Reader, drawn: quiz.Quiz) -> Tensor:
-    pixels = reader.transform(open_image(quiz.encode(drawn.scene.pixels)), 0)
+    pixels = reader.transform(open_image(encode(drawn.scene.pixels)), 0)
     with torch.no_grad():
         return reader.model.look(pixels[None])
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.motion import COLOURS
-from benchmarks.scenes import SHAPES, Scene, encode, make_generator, paint_shapes
+from benchmarks.scenes import SHAPES, paint_shapes
+from unicl.data.emoji_scenes import Scene, encode, make_generator
 from unicl.data.shards import ShardWriter
 
 SIDE = 64

@@ -4,53 +4,28 @@ A scene is a pure function of (seed, part, index). Folders are laid out as Robof
 COCO file beside the images of each part, and some classes occur in no scene but those of `test`.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, UInt8
-from PIL import Image
+from jaxtyping import Float64
 
+from adapters.detection.writing import write_part
 from benchmarks.motion import COLOURS
-from unicl.data.composition import Stream, background
+from unicl.data import emoji_scenes
+from unicl.data.emoji_scenes import Scene, arrange, encode, make_generator, paint_emoji
 from unicl.data.shards import ShardWriter
-from unicl.data.twemoji import load_glyph, read_catalogue
 
 SIDE, EMOJI_SIDE = 96, 160
 PARTS = ("train", "valid", "test")
 SHAPES = ("circle", "square", "triangle", "cross")
 
-_EMOJI = (
-    *("tiger", "penguin", "octopus", "butterfly", "lady beetle", "tropical fish", "flamingo"),
-    *("watermelon", "banana", "strawberry", "grapes", "carrot", "broccoli", "hamburger", "pretzel"),
-    *("soccer ball", "doughnut", "guitar", "violin", "game die", "balloon", "trophy"),
-    *("rocket", "bus", "tractor", "bicycle", "sailboat", "helicopter", "anchor", "key", "hammer"),
-    *("umbrella", "alarm clock", "sunflower", "cactus", "evergreen tree", "mushroom", "snowman"),
-    *("crown", "gem stone"),
-)
 _RADII = (7.0, 22.0)
 _EMOJI_SIZES = (20, 64)
-_MAX_ROTATION = 15.0
-# The share of an object's box that those of others may cover: they touch, none hides another.
-_MAX_SHARED = 0.2
-_ATTEMPTS = 30
 _SAMPLES_PER_SHARD = 256
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An image and the objects in it, each drawn over those before it."""
-
-    pixels: UInt8[np.ndarray, "height width 3"]
-    names: tuple[str, ...]
-    boxes: Float64[np.ndarray, "objects 4"]
-    """x1, y1, x2, y2 in pixels."""
 
 
 @dataclass(frozen=True)
@@ -72,33 +47,6 @@ class World:
         return tuple(name for name in self.names if name not in self.held_out)
 
 
-def _arrange(
-    rng: np.random.Generator, side: int, draw_sizes: Callable[[], Float64[np.ndarray, "objects 2"]]
-) -> Float64[np.ndarray, "objects 4"]:
-    """Put boxes of random sizes (width, height) at random places; both are drawn until all fit."""
-    while True:
-        boxes = np.empty((0, 4))
-        for size in draw_sizes():
-            for _ in range(_ATTEMPTS):
-                corner = rng.uniform(0, side - size)
-                more = np.concatenate([boxes, [[*corner, *(corner + size)]]])
-                if _shared(more).max() <= _MAX_SHARED:
-                    boxes = more
-                    break
-            else:
-                break
-        else:
-            return boxes
-
-
-def _shared(boxes: Float64[np.ndarray, "objects 4"]) -> Float64[np.ndarray, " objects"]:
-    """Return which share of each box others cover; what several cover counts several times."""
-    low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    common = (high - low).clip(0).prod(-1)
-    return common.sum(1) / common.diagonal() - 1
-
-
 def paint_shapes(
     rng: np.random.Generator,
     names: Sequence[str],
@@ -112,7 +60,7 @@ def paint_shapes(
     def draw_sizes() -> Float64[np.ndarray, "objects 2"]:
         return np.repeat(2 * rng.uniform(*radii, (len(names), 1)), 2, axis=1)
 
-    boxes = _arrange(rng, side, draw_sizes)
+    boxes = arrange(rng, side, draw_sizes)
     ground = rng.uniform(80, 140) + rng.uniform(-15, 15, 3)
     pixels = ground + 12 * rng.standard_normal((side, side, 3), np.float32)
     for name, box in zip(names, boxes, strict=True):
@@ -140,36 +88,6 @@ def _depth(
     return np.minimum(radius - far, (0.35 * radius if shape == "cross" else radius) - near)
 
 
-def _paint_emoji(rng: np.random.Generator, names: Sequence[str]) -> Scene:
-    names = tuple(str(name) for name in names)
-    pictures: list[Image.Image] = []
-
-    def draw_sizes() -> Float64[np.ndarray, "objects 2"]:
-        pictures[:] = [_turned(rng, name) for name in names]
-        return np.array([picture.size for picture in pictures], dtype=np.float64)
-
-    boxes = _arrange(rng, EMOJI_SIDE, draw_sizes).round()
-    image = Image.fromarray(background(Stream(int(rng.integers(2**63))), EMOJI_SIDE))
-    for picture, (left, top, _, _) in zip(pictures, boxes, strict=True):
-        image.paste(picture, (int(left), int(top)), picture)
-    return Scene(np.asarray(image), names, boxes)
-
-
-def _turned(rng: np.random.Generator, name: str) -> Image.Image:
-    """Return an emoji at a random size, turned a little, cut to what is to be seen of it."""
-    size = int(rng.integers(*_EMOJI_SIZES, endpoint=True))
-    scaled = _glyphs()[name].resize((size, size), Image.Resampling.BICUBIC)
-    angle = rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)
-    turned = scaled.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    return turned.crop(turned.getchannel("A").point(lambda alpha: alpha > 127 and 255).getbbox())
-
-
-@cache
-def _glyphs() -> dict[str, Image.Image]:
-    emoji = {emoji.name: emoji for emoji in read_catalogue().emoji}
-    return {name: load_glyph(emoji[name].glyph) for name in _EMOJI}
-
-
 COMPOSED = World(
     "shapes",
     tuple(sorted(f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES))),
@@ -180,10 +98,10 @@ COMPOSED = World(
 """6 colours x 4 shapes on noise; the colours and shapes of held-out classes occur in seen ones."""
 EMOJI = World(
     "emoji",
-    tuple(sorted(_EMOJI)),
+    tuple(sorted(emoji_scenes.EMOJI)),
     ("banana", "bicycle", "crown", "guitar", "key", "octopus", "pretzel", "sunflower"),
     5,
-    _paint_emoji,
+    partial(paint_emoji, side=EMOJI_SIDE, sizes=_EMOJI_SIZES),
 )
 """40 emoji on gradients, stripes, checks, clouds, noise."""
 
@@ -243,7 +161,14 @@ def write_scenes(
         shuffle = shuffled_names and part != "train"
         called = _shuffled(known, seed) if shuffle else {name: name for name in known}
         scenes = (draw_scene(world, seed, part, index) for index in range(count))
-        _write_part(folder / part, world, scenes, called)
+        write_part(
+            folder / part,
+            scenes,
+            world.names,
+            kind=world.name,
+            called=called,
+            info={"seen": world.seen, "held_out": world.held_out},
+        )
     return folder
 
 
@@ -256,67 +181,7 @@ def write_object_shards(folder: Path, num_images: int, *, seed: int = 0) -> Path
     return folder
 
 
-def make_generator(seed: int, purpose: str, index: int) -> np.random.Generator:
-    """Return the generator of one scene; each purpose, as a part, has others."""
-    return np.random.default_rng((seed, int.from_bytes(purpose.encode()), index))
-
-
 def _shuffled(names: Sequence[str], seed: int) -> dict[str, str]:
     """Return for each name another one: all stand in one circle, and each takes the next one's."""
     circle = [str(name) for name in make_generator(seed, "names", 0).permutation(names)]
     return dict(zip(circle, circle[1:] + circle[:1], strict=True))
-
-
-def _write_part(
-    folder: Path, world: World, scenes: Iterator[Scene], called: Mapping[str, str]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = {name: number for number, name in enumerate(world.names, 1)}
-    images: list[dict[str, Any]] = []
-    objects: list[dict[str, Any]] = []
-    for index, scene in enumerate(scenes):
-        file_name = f"{index:06d}.png"
-        (folder / file_name).write_bytes(encode(scene.pixels))
-        height, width = scene.pixels.shape[:2]
-        images.append({"id": index, "file_name": file_name, "height": height, "width": width})
-        for name, box in zip(scene.names, scene.boxes, strict=True):
-            # From 1 on: pycocotools takes an object numbered 0 for none.
-            objects.append(_annotation(len(objects) + 1, index, numbers[name], box))
-    # As Roboflow has it: number 0 is the kind of all the others, and annotates nothing.
-    categories = [{"id": 0, "name": world.name, "supercategory": "none"}]
-    categories += [
-        {"id": number, "name": called[name], "supercategory": world.name}
-        for name, number in numbers.items()
-        if name in called
-    ]
-    content = {
-        # COCO leaves open what this says.
-        "info": {"seen": world.seen, "held_out": world.held_out},
-        "categories": categories,
-        "images": images,
-        "annotations": objects,
-    }
-    (folder / "_annotations.coco.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def _annotation(
-    number: int, image: int, category: int, box: Float64[np.ndarray, "4"]
-) -> dict[str, Any]:
-    x1, y1, x2, y2 = box.tolist()
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": (x2 - x1) * (y2 - y1),
-        "iscrowd": 0,
-        "segmentation": [],
-    }
-
-
-def encode(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """Return the pixels as a PNG file."""
-    buffer = BytesIO()
-    # Noise does not get smaller by trying harder.
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -21,6 +21,7 @@ from benchmarks.scenes import (
     write_object_shards,
     write_scenes,
 )
+from unicl.data import emoji_scenes
 from unicl.data.shards import ShardSet
 
 COUNTS = {"num_train": 6, "num_valid": 5, "num_test": 40}
@@ -144,7 +145,7 @@ def test_the_colour_in_the_middle_of_a_box_is_the_named_one():
 def test_an_emoji_fills_its_box(name, monkeypatch):
     # No emoji of ours is of this colour.
     plain = np.full((160, 160, 3), (0, 255, 0), np.uint8)
-    monkeypatch.setattr(scenes, "background", lambda stream, size: plain)
+    monkeypatch.setattr(emoji_scenes, "background", lambda stream, size: plain)
     for seed in range(3):
         scene = EMOJI.paint(np.random.default_rng(seed), [name])
         differs = np.abs(scene.pixels.astype(int) - plain).max(2) > 60
