@@ -22,7 +22,7 @@ from unicl.data.order import mix
 from unicl.data.prompts import PromptSampler
 from unicl.data.reader import SampleSet
 from unicl.distributed import Ranks
-from unicl.errors import UsageError
+from unicl.errors import UniclError, UsageError
 from unicl.evaluation.cache import Setting, image_blocks, texts_embeddings
 from unicl.towers.pretrained import Pretrained
 
@@ -175,9 +175,9 @@ def embed_all(
 
 def _is_done(folder: Path, digest: str) -> bool:
     try:
-        same = json.loads((folder / _DONE).read_text())["digest"] == digest
-        return same and all((folder / f"{name}.npy").is_file() for name in _ARRAYS)
-    except (OSError, ValueError, KeyError, TypeError):
+        _open(folder)  # what was damaged is made anew
+        return bool(json.loads((folder / _DONE).read_text())["digest"] == digest)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -228,6 +228,12 @@ def _write(path: Path, num_rows: int, blocks: Any, ranks: Ranks) -> None:
 
     for rows, block in blocks:
         ranks.together(partial(put, rows, block) if ranks.first else _nothing)
+    ranks.together(partial(_require, array) if ranks.first else _nothing)
+
+
+def _require(array: Any) -> None:
+    if array is None:
+        raise UniclError("no image of the training data can be read to choose negatives by")
 
 
 def _nothing() -> None:

@@ -102,8 +102,10 @@ class Speaker:
             said = torch.cat([said, (best % size).view(-1, 1)], 1)
             if (said[:, -1] == self.tokens.end).all():
                 break
-        # Of two captions the longer one is not the worse for its length.
-        lengths = (said != self.tokens.end).sum(1).view(count, beams)
+        # Of two captions the longer one is not the worse for its length: the tokens that were
+        # scored, an end among them if there is one.
+        inner = (said[:, 1:] != self.tokens.end).sum(1)
+        lengths = (inner + (inner < said.shape[1] - 1)).view(count, beams)
         best = (scores / lengths).argmax(1, keepdim=True)
         return said[(first + best)[:, 0]]
 

@@ -94,6 +94,12 @@ class RobertaEncoder(nn.Module):
         """Width of a state."""
         return self.model.config.hidden_size
 
+    @property
+    def longest(self) -> int:
+        """Longest text in tokens: its positions are counted from behind that of the padding on."""
+        config = self.model.config
+        return config.max_position_embeddings - config.pad_token_id - 1
+
     def no_weight_decay(self) -> set[str]:
         """Name the embedding tables, which do not decay (Florence 3.7)."""
         return {f"model.{n}" for n, _ in self.model.named_parameters() if n.startswith("embed")}
