@@ -6,9 +6,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -33,6 +33,9 @@ from unicl.towers.text import TextTower, tokenize
 from unicl.towers.two_tower import TwoTower, carry_model
 
 logger = logging.getLogger("unicl")
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Section = TypeVar("Section")
 
 OPEN_CLIP = "open_clip:"
 """What the names of open_clip's models begin with."""
@@ -202,6 +205,41 @@ def build_tokenizer(recipe: Recipe) -> Callable[..., torch.Tensor]:
     if recipe.model is not None:
         return _sizes(recipe.model).tokenize
     return functools.partial(tokenize, context_length=recipe.text_tower.context_length)
+
+
+_SHAPE_OF_IMAGE_TOWER = ("model", "image_size", "window_size", "layer_scale")
+_SHAPE_OF_TEXT_TOWER = (
+    *("width", "num_layers", "num_heads", "mlp_width", "context_length", "causal"),
+    *("activation", "norm_eps"),
+)
+
+
+def with_towers_of(recipe: AnyRecipe, run: Recipe) -> AnyRecipe:
+    """Return a recipe with the towers of another one, but for what it sets itself."""
+    changed: dict[str, Any] = {
+        "image_tower": like(recipe.image_tower, run.image_tower, _SHAPE_OF_IMAGE_TOWER),
+        "text_tower": like(recipe.text_tower, run.text_tower, _SHAPE_OF_TEXT_TOWER),
+    }
+    if recipe.embed_dim == Recipe.embed_dim:
+        changed["embed_dim"] = run.embed_dim
+    return replace(recipe, **changed)
+
+
+def like(config: Section, other: Section, names: Sequence[str]) -> Section:
+    """Return a section whose keys of these names are another's where they are the defaults."""
+    defaults = {item.name: item.default for item in fields(config)}  # type: ignore[arg-type]
+    left = [name for name in names if getattr(config, name) == defaults[name]]
+    return replace(config, **{name: getattr(other, name) for name in left})  # type: ignore[type-var]
+
+
+def recipe_of_run(path: Path) -> Recipe:
+    """Return the recipe of a run, given it or one of its checkpoints.
+
+    Raises:
+        UsageError: the folder is no run's, or its recipe says what none can.
+        UniclError: it cannot be read.
+    """
+    return read_recipe(_run_of(path))
 
 
 def choose_device(device: str) -> torch.device:

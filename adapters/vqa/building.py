@@ -1,10 +1,10 @@
 """From a recipe of question answering to what it trains."""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -41,24 +41,19 @@ from unicl.evaluation.cache import Setting
 from unicl.models import (
     build_image_tower,
     choose_device,
+    like,
     load,
-    read_recipe,
     read_weights,
+    recipe_of_run,
     with_locks,
+    with_towers_of,
 )
 from unicl.towers.image import backbone_weights, carry_backbone, check_image_size
 from unicl.towers.two_tower import TwoTower, carry_model
 
-Section = TypeVar("Section")
-
 _MASK_EMBEDDING = "text.mask_embedding"
 _OF_TOWERS = ("image.", "text.", "logit_scale")
 _OWN = ("fusion.", "heads.")
-_SHAPE_OF_IMAGE_TOWER = ("model", "image_size", "window_size", "layer_scale")
-_SHAPE_OF_TEXT_TOWER = (
-    *("width", "num_layers", "num_heads", "mlp_width", "context_length", "causal"),
-    *("activation", "norm_eps"),
-)
 _SHAPE_OF_FUSION = tuple(name for name in OF_MODEL if name not in ("objective", "answers"))
 
 
@@ -80,33 +75,30 @@ def complete(recipe: VqaRecipe) -> VqaRecipe:
 
 def _following(recipe: VqaRecipe) -> VqaRecipe:
     path = Path(recipe.weights or "")
+    is_hard = recipe.vqa.objective == "pretraining" and recipe.vqa.negatives == "hard"
+    if is_hard and path.suffix == ".safetensors":
+        _refuse_hard(f"{path} is but a file of weights")
     if recipe.weights is None or not path.is_dir():
         return recipe
-    inside = path.parent.name == "checkpoints" and not (path / "recipe.toml").is_file()
-    run = read_recipe(path.parent.parent if inside else path)
+    run = recipe_of_run(path)
     if run.task not in (PRETRAINING, recipe.task):
         raise UsageError(f"{path} is a run of {run.task}; start from two towers or a run of vqa")
     vqa = recipe.vqa
     if isinstance(run, VqaRecipe):
-        vqa = _like(vqa, run.vqa, _SHAPE_OF_FUSION)
-    else:
+        if is_hard and run.vqa.roberta is not None:
+            _refuse_hard(f"{path} reads texts by RoBERTa")
+        vqa = like(vqa, run.vqa, _SHAPE_OF_FUSION)
+    elif not vqa.roberta:
         longest = min(vqa.max_text_length, run.text_tower.context_length)
-        vqa = vqa if vqa.roberta else replace(vqa, max_text_length=longest)
-    default = VqaRecipe.embed_dim
-    return replace(
-        recipe,
-        embed_dim=run.embed_dim if recipe.embed_dim == default else recipe.embed_dim,
-        image_tower=_like(recipe.image_tower, run.image_tower, _SHAPE_OF_IMAGE_TOWER),
-        text_tower=_like(recipe.text_tower, run.text_tower, _SHAPE_OF_TEXT_TOWER),
-        vqa=vqa,
+        vqa = replace(vqa, max_text_length=longest)
+    return with_towers_of(replace(recipe, vqa=vqa), run)
+
+
+def _refuse_hard(why: str) -> NoReturn:
+    raise UsageError(
+        f"vqa.negatives hard needs a run with a text tower, and {why}; name another by `weights`, "
+        "or set vqa.negatives to random"
     )
-
-
-def _like(config: Section, run: Section, names: Sequence[str]) -> Section:
-    """Return a section whose keys of these names are the run's where they are the defaults."""
-    defaults = {item.name: item.default for item in fields(config)}  # type: ignore[arg-type]
-    left = [name for name in names if getattr(config, name) == defaults[name]]
-    return replace(config, **{name: getattr(run, name) for name in left})  # type: ignore[type-var]
 
 
 def build(recipe: VqaRecipe, ranks: Ranks, *, start: bool) -> Parts:
@@ -163,6 +155,11 @@ def _build_text_encoder(recipe: VqaRecipe, *, start: bool) -> nn.Module:
     text = recipe.text_tower
     if recipe.vqa.roberta is not None:
         encoder = load_roberta(recipe.vqa.roberta, weights=start)
+        if recipe.vqa.max_text_length > encoder.longest:
+            raise UsageError(
+                f"vqa.max_text_length must be at most {encoder.longest}, which "
+                f"{recipe.vqa.roberta} can take, got {recipe.vqa.max_text_length}"
+            )
         encoder.set_grad_checkpointing(text.checkpointing)
         return encoder
     return TowerEncoder(
