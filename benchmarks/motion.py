@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from PIL import Image
 
+from adapters.video.writing import encode as encode
 from unicl.data.shards import ShardWriter
 
 SIDE = 64
@@ -122,25 +122,6 @@ def _coverage(
         far, near = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
         inside = np.minimum(radius - far, 0.35 * radius - near)
     return np.clip(inside + 0.5, 0, 1)
-
-
-def encode(
-    frames: UInt8[np.ndarray, "time height width 3"], *, frames_per_second: int = 8
-) -> bytes:
-    """Return the frames as an H.264 file; what is lost is some two levels of 255."""
-    buffer = BytesIO()
-    options = {"preset": "veryfast", "crf": "18"}
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=frames_per_second, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.gop_size = 4
-        # Threads cost more than they gain on frames of this size, and the bytes depend on them.
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def write_class_folder(folder: Path, num_clips: int, *, seed: int, num_frames: int = 8) -> Path:
