@@ -12,17 +12,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from unicl.adapting import last
 from unicl.build import HeldOut, build_held_out, train
-from unicl.config import Recipe, load_recipe
+from unicl.config import Demonstrated, Recipe, load_recipe, working_plugins
 from unicl.data.prepare import is_finished, prepare
 from unicl.data.progress import progress_bar
 from unicl.data.shards import ShardSet
 from unicl.data.twemoji import HELD_OUT_KINDS
 from unicl.engine.metrics import read_metrics
+from unicl.errors import UsageError
 from unicl.evaluation.answers import SavedAnswers, SavedExample
 from unicl.evaluation.embeddings import embed_images
 from unicl.evaluation.metrics import wilson_interval
-from unicl.evaluation.report import FoundImage, Report, Run, TextQuery, write_report
+from unicl.evaluation.report import (
+    Comparison,
+    FoundImage,
+    Report,
+    Run,
+    TextQuery,
+    write_report,
+)
 from unicl.evaluation.results import Result
 from unicl.evaluation.zero_shot import ZeroShotResult
 from unicl.models import load_model
@@ -41,20 +50,27 @@ _QUERIES = (
     "an animal that lives in the sea",
 )
 _PICTURES = 12
+_SHARE_OF_STEPS = 3
 _ALL = "All held-out images"
 
 
 def run_demo(
-    folder: Path, *, overrides: Mapping[str, str] | None = None, compare_clip: bool = False
+    folder: Path,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    compare_clip: bool = False,
+    adapt: bool = False,
 ) -> Path:
     """Prepare the Twemoji corpus, train on it, evaluate, and write the report.
 
     A demo that was interrupted goes on where it stopped.
 
     Args:
-        folder: everything is written below it: data/, unicl/, clip/, report.html.
+        folder: everything is written below it: data/, unicl/, clip/, adapted/, report.html.
         overrides: keys of the demo recipe, such as {"trainer.steps": "200"}.
         compare_clip: train once more with plain CLIP targets for comparison.
+        adapt: adapt the towers by each plug-in that can show what they are worth to it, for a third
+            of the demo's own steps from each start.
 
     Returns:
         The path of the report.
@@ -77,13 +93,45 @@ def run_demo(
         )
         peer = train(clip, folder / "clip").path
         runs.append(_examine(load_model(peer)[0], peer, clip, examiner, "CLIP targets")[0])
+    comparisons = _adapt(run.path, folder / "adapted", recipe) if adapt else []
     path = folder / "report.html"
     minutes = (time.perf_counter() - start) / 60
     facts = {**_sizes(model), "Whole job": f"{minutes:.1f} minutes", **_machine()}
-    write_report(path, _report(recipe, runs, queries, facts))
+    report = replace(_report(recipe, runs, queries, facts), comparisons=comparisons)
+    write_report(path, report)
     _print_summary(runs)
+    if comparisons:
+        _print_comparisons(comparisons)
     logger.info("%.1f minutes; open %s in a browser", minutes, path)
     return path
+
+
+def _adapt(towers: Path, folder: Path, recipe: Recipe) -> list[Comparison]:
+    """Adapt the towers by one plug-in after the other; one that lacks a library is left out."""
+    found = []
+    steps = max(1, recipe.trainer.steps // _SHARE_OF_STEPS)
+    for plugin in working_plugins():
+        if not isinstance(plugin, Demonstrated):
+            continue
+        logger.info("adapting the towers to %s, and random ones", plugin.name)
+        try:
+            found.append(plugin.demonstrate(towers, folder / plugin.name, steps=steps))
+        except UsageError as error:
+            logger.warning("left out: %s: %s", plugin.name, error)
+    return found
+
+
+def _print_comparisons(comparisons: Sequence[Comparison]) -> None:
+    table = Table(title="The same adapters on these towers, and on random ones")
+    table.title_justify = "left"
+    table.add_column("")
+    table.add_column("measured by")
+    for start in comparisons[0].curves:
+        table.add_column(start, justify="right")
+    for each in comparisons:
+        shares = [f"{last(rows, each.metric):.1%}" for rows in each.curves.values()]
+        table.add_row(each.title, each.called, *shares)
+    Console(stderr=True).print(table)
 
 
 def _data_keys(data: Path) -> dict[str, str]:

@@ -57,5 +57,11 @@ class DetectionPlugin:
 
         add_detect(commands)
 
+    def demonstrate(self, towers: Path, folder: Path, *, steps: int) -> Any:
+        """Compare a detector on a run's towers with one on random towers."""
+        from adapters.detection.demonstration import demonstrate
+
+        return demonstrate(towers, folder, steps=steps)
+
 
 plugin = DetectionPlugin()

@@ -114,5 +114,11 @@ class VideoPlugin:
 
         return key_frame(encoded)
 
+    def demonstrate(self, towers: Path, folder: Path, *, steps: int) -> Any:
+        """Compare 3D-CoSwin on a run's towers, inflated, with one on random towers."""
+        from adapters.video.demonstration import demonstrate
+
+        return demonstrate(towers, folder, steps=steps)
+
 
 plugin = VideoPlugin()

@@ -58,5 +58,11 @@ class VqaPlugin:
         add_answer(commands)
         add_caption(commands)
 
+    def demonstrate(self, towers: Path, folder: Path, *, steps: int) -> Any:
+        """Compare co-attention on a run's towers with the same on random towers."""
+        from adapters.vqa.demonstration import demonstrate
+
+        return demonstrate(towers, folder, steps=steps)
+
 
 plugin = VqaPlugin()

@@ -28,6 +28,11 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help="train once more with plain CLIP targets, and show both in the report",
     )
+    demo.add_argument(
+        "--adapt",
+        action="store_true",
+        help="adapt the towers to detection, questions and video, too, each beside random towers",
+    )
     demo.set_defaults(run=_demo, takes_overrides=True)
 
     prepare = commands.add_parser(
@@ -118,7 +123,12 @@ def _demo(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     refuse_ranks("demo")
     from unicl.demo import run_demo
 
-    run_demo(arguments.out, overrides=overrides, compare_clip=arguments.compare_clip)
+    run_demo(
+        arguments.out,
+        overrides=overrides,
+        compare_clip=arguments.compare_clip,
+        adapt=arguments.adapt,
+    )
 
 
 def _prepare(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

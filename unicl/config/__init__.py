@@ -5,6 +5,7 @@ from unicl.config.loading import override_section as override_section
 from unicl.config.loading import parse_recipe as parse_recipe
 from unicl.config.loading import recipe_names as recipe_names
 from unicl.config.loading import recipe_to_toml as recipe_to_toml
+from unicl.config.plugins import Demonstrated as Demonstrated
 from unicl.config.plugins import Medium as Medium
 from unicl.config.plugins import Plugin as Plugin
 from unicl.config.plugins import Skill as Skill

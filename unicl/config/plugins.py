@@ -98,6 +98,17 @@ class Skill(Plugin, Protocol):
         """Add commands to the subparsers of the command line."""
 
 
+@runtime_checkable
+class Demonstrated(Plugin, Protocol):
+    """A plug-in that can show what a pair of towers is worth to it."""
+
+    def demonstrate(self, towers: Any, folder: Any, *, steps: int) -> Any:
+        """Train on the towers of a run and on random ones, with data that it draws.
+
+        Everything is written below `folder`. Returns a `unicl.evaluation.report.Comparison`.
+        """
+
+
 @functools.cache
 def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}

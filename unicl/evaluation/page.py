@@ -100,6 +100,11 @@ img { object-fit: contain; border-radius: 6px; background: var(--panel); }
 .hits .right img { border-color: var(--right); }
 .hits figcaption { font-size: 12.5px; line-height: 1.3; overflow-wrap: anywhere; margin-top: 3px; }
 .hits .right figcaption { color: var(--right); }
+.seen { display: flex; flex-wrap: wrap; gap: 12px 20px; align-items: flex-start; }
+.seen figure { max-width: 240px; }
+.seen img { max-width: 100%; }
+.seen figcaption { font-size: 13.5px; line-height: 1.35; overflow-wrap: anywhere; }
+.seen .right figcaption { color: var(--right); }
 details { margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; }
 table.pairs td { padding: 5px 24px 5px 0; }

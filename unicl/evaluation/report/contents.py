@@ -61,6 +61,36 @@ class TextQuery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What several starts of one adapter make of the same thing."""
+
+    text: str
+    """What it is, or what was asked about it."""
+    image: bytes | None = None
+    """An image file of it, unless each start has its own."""
+    found: Sequence[tuple[bytes | None, str, bool | None]]
+    """Of each start an image file, what it says, and whether that is right, where it can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One adapter from several starts: how it learned, what it reached, some pictures."""
+
+    title: str
+    """What the adapter does."""
+    words: str
+    """What it was trained on and how, in a sentence or two."""
+    metric: str
+    """What the curves show, by its name in `metrics.jsonl`; a share."""
+    called: str
+    """What the metric is called."""
+    curves: Mapping[str, Rows]
+    """Rows of `metrics.jsonl` by start."""
+    shown: Sequence[Shown] = ()
+    """Some things that both starts were shown after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the page shows."""
 
@@ -72,6 +102,8 @@ class Report:
     """What is compared; a headline's figure is that of the first run that has it."""
     queries: Sequence[TextQuery] = ()
     """Text queries with the first run's best images."""
+    comparisons: Sequence[Comparison] = ()
+    """What adapters make of the first run's towers."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Other figures worth a line: training time, parameters, machine."""
     left_out: Sequence[str] = ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from unicl.data.atomic import atomic_file, require_parent
 from unicl.evaluation.curves import PANELS, draw
 from unicl.evaluation.page import page
+from unicl.evaluation.report.comparisons import comparisons
 from unicl.evaluation.report.contents import Report
 from unicl.evaluation.report.headlines import headlines
 from unicl.evaluation.report.pictures import answers, queries
@@ -35,6 +36,7 @@ def render(report: Report) -> str:
         _curves,
         answers,
         queries,
+        comparisons,
         settings,
         _footer,
     )
