@@ -24,6 +24,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -148,6 +149,23 @@ class Ranks:
 
 ALONE = Ranks()
 """A process by itself."""
+
+
+def whole_means(
+    sums: Float[Tensor, " losses"],
+    counts: Float[Tensor, " losses"],
+    ranks: Ranks,
+    others: Float[Tensor, " losses"],
+) -> tuple[Float[Tensor, " losses"], Float[Tensor, " losses"]]:
+    """Return means over all ranks' parts of a batch: of sums with gradient, and of others.
+
+    Every rank gets the same values; the average of the ranks' gradients is their gradient.
+    """
+    totals, whole, rest = ranks.sum_(torch.stack([sums.detach(), counts, others])).unbind()
+    whole = whole.clamp(min=1)
+    # The ranks' gradients are averaged: each rank's own sum counts as often as there are ranks.
+    own = sums * (ranks.size / whole)
+    return own + (totals / whole - own).detach(), rest / whole
 
 
 @dataclass(frozen=True)

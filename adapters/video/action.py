@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from adapters.video.towers import VideoClassifier
 from unicl.data.loader import Loader
-from unicl.distributed import ALONE, Ranks
+from unicl.distributed import ALONE, Ranks, whole_means
 from unicl.engine.task import TaskInputs
 from unicl.errors import UsageError
 from unicl.evaluation.embeddings import embed_images
@@ -57,12 +57,10 @@ class ActionRecognition:
         own = F.cross_entropy(
             logits, targets, label_smoothing=self.label_smoothing, reduction="sum"
         )
-        right = (logits.argmax(-1) == targets).sum()
-        sums = torch.stack([own.detach(), right.float(), right.new_tensor(len(targets)).float()])
-        total, num_right, count = self.ranks.sum_(sums)
-        # The ranks' gradients are averaged: each rank's own sum counts as often as there are ranks.
-        own = own * (self.ranks.size / count)
-        return own + (total / count - own).detach(), {"top1": num_right / count}
+        right = (logits.argmax(-1) == targets).sum().to(own.dtype)
+        count = own.new_tensor([len(targets)])
+        (loss,), (share,) = whole_means(own[None], count, self.ranks, right[None])
+        return loss, {"top1": share}
 
 
 class Recognition:

@@ -15,7 +15,7 @@ from adapters.vqa.text_encoder import MASK
 from adapters.vqa.tokens import Tokens
 from unicl.data.loader import Batch
 from unicl.data.order import mix
-from unicl.distributed import ALONE, Ranks
+from unicl.distributed import ALONE, Ranks, whole_means
 from unicl.engine.task import TaskInputs
 
 _HIDING = int.from_bytes(b"hiding")
@@ -113,23 +113,6 @@ class VisionLanguagePretraining:
         return loss, metrics | {
             f"{name}/accuracy": share for name, share in zip(names, shares, strict=True)
         }
-
-
-def whole_means(
-    sums: Float[Tensor, " losses"],
-    counts: Float[Tensor, " losses"],
-    ranks: Ranks,
-    others: Float[Tensor, " losses"],
-) -> tuple[Float[Tensor, " losses"], Float[Tensor, " losses"]]:
-    """Return means over all ranks' parts of a batch: of sums with gradient, and of others.
-
-    Every rank gets the same values; the average of the ranks' gradients is their gradient.
-    """
-    totals, whole, rest = ranks.sum_(torch.stack([sums.detach(), counts, others])).unbind()
-    whole = whole.clamp(min=1)
-    # The ranks' gradients are averaged: each rank's own sum counts as often as there are ranks.
-    own = sums * (ranks.size / whole)
-    return own + (totals / whole - own).detach(), rest / whole
 
 
 def hide_words(

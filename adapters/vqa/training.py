@@ -6,10 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapters.vqa.meter import Meter
-from adapters.vqa.objectives import whole_means
 from adapters.vqa.question_samples import AnswerTargets
 from unicl.data.loader import Batch
-from unicl.distributed import ALONE, Ranks
+from unicl.distributed import ALONE, Ranks, whole_means
 from unicl.engine.task import TaskInputs
 
 

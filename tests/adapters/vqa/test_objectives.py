@@ -9,14 +9,14 @@ import torch
 
 from adapters.vqa.building import build_model, build_tokens
 from adapters.vqa.negatives import DrawnNegatives
-from adapters.vqa.objectives import VisionLanguagePretraining, hide_words, whole_means
+from adapters.vqa.objectives import VisionLanguagePretraining, hide_words
 from adapters.vqa.text_encoder import MASK
 from adapters.vqa.tokens import ClipTokens, RobertaTokens
 from tests.adapters.vqa.roberta import write_roberta
 from tests.adapters.vqa.runs import recipe_of
 from unicl.data.prompts import PromptSampler
 from unicl.data.reader import Batch
-from unicl.distributed import ALONE
+from unicl.distributed import ALONE, whole_means
 
 TEXTS = (
     "a skateboarding xylophonist photographs an unbelievable zyzzyva",
