@@ -117,24 +117,19 @@ def build_image_tower(recipe: Recipe, *, start: bool = True, **besides: Any) -> 
 
 def build_towers(recipe: Recipe, image_tower: ImageTower) -> TwoTower:
     """Build a recipe's text tower, and a model of it and an image tower."""
-    text = recipe.text_tower
     return TwoTower(
         image_tower,
-        TextTower(
-            width=text.width,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            mlp_width=text.mlp_width,
-            context_length=text.context_length,
-            embed_dim=recipe.embed_dim,
-            causal=text.causal,
-            activation=text.activation,
-            norm_eps=text.norm_eps,
-            checkpointing=text.checkpointing,
-        ),
+        TextTower(**text_settings(recipe)),
         initial_scale=recipe.loss.initial_scale,
         max_scale=recipe.loss.max_scale,
     )
+
+
+def text_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe's text tower is built with."""
+    settings = asdict(recipe.text_tower) | {"embed_dim": recipe.embed_dim}
+    del settings["locked"]
+    return settings
 
 
 def complete(recipe: Recipe, loaded: Pretrained | None = None) -> Recipe:

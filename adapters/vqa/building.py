@@ -45,6 +45,7 @@ from unicl.models import (
     load,
     read_weights,
     recipe_of_run,
+    text_settings,
     with_locks,
     with_towers_of,
 )
@@ -76,6 +77,8 @@ def complete(recipe: VqaRecipe) -> VqaRecipe:
 def _following(recipe: VqaRecipe) -> VqaRecipe:
     path = Path(recipe.weights or "")
     is_hard = recipe.vqa.objective == "pretraining" and recipe.vqa.negatives == "hard"
+    if is_hard and recipe.weights is None:
+        _refuse_hard("none is named")
     if is_hard and path.suffix == ".safetensors":
         _refuse_hard(f"{path} is but a file of weights")
     if recipe.weights is None or not path.is_dir():
@@ -96,8 +99,8 @@ def _following(recipe: VqaRecipe) -> VqaRecipe:
 
 def _refuse_hard(why: str) -> NoReturn:
     raise UsageError(
-        f"vqa.negatives hard needs a run with a text tower, and {why}; name another by `weights`, "
-        "or set vqa.negatives to random"
+        f"vqa.negatives hard needs a run with a text tower, and {why}; name one by `weights`, or "
+        "set vqa.negatives to random"
     )
 
 
@@ -152,7 +155,6 @@ def build_model(recipe: VqaRecipe, tokens: Tokens, *, start: bool) -> Meter:
 
 
 def _build_text_encoder(recipe: VqaRecipe, *, start: bool) -> nn.Module:
-    text = recipe.text_tower
     if recipe.vqa.roberta is not None:
         encoder = load_roberta(recipe.vqa.roberta, weights=start)
         if recipe.vqa.max_text_length > encoder.longest:
@@ -160,20 +162,9 @@ def _build_text_encoder(recipe: VqaRecipe, *, start: bool) -> nn.Module:
                 f"vqa.max_text_length must be at most {encoder.longest}, which "
                 f"{recipe.vqa.roberta} can take, got {recipe.vqa.max_text_length}"
             )
-        encoder.set_grad_checkpointing(text.checkpointing)
+        encoder.set_grad_checkpointing(recipe.text_tower.checkpointing)
         return encoder
-    return TowerEncoder(
-        width=text.width,
-        num_layers=text.num_layers,
-        num_heads=text.num_heads,
-        mlp_width=text.mlp_width,
-        context_length=text.context_length,
-        embed_dim=recipe.embed_dim,
-        causal=text.causal,
-        activation=text.activation,
-        norm_eps=text.norm_eps,
-        checkpointing=text.checkpointing,
-    )
+    return TowerEncoder(**text_settings(recipe))
 
 
 def _start_from(path: Path, model: Meter) -> None:

@@ -151,12 +151,6 @@ class VqaRecipe(Recipe):
                 "trainer.compile has no effect on task vqa, whose texts differ in length; leave it "
                 "out"
             )
-        needs_towers = self.vqa.objective == "pretraining" and self.vqa.negatives == "hard"
-        if needs_towers and self.weights is None:
-            raise UsageError(
-                "vqa.negatives hard needs the towers of a run: name it by `weights`, or set "
-                "vqa.negatives to random"
-            )
         if self.vqa.roberta is None and self.vqa.max_text_length > self.text_tower.context_length:
             raise UsageError(
                 f"vqa.max_text_length must be at most text_tower.context_length "

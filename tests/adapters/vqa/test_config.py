@@ -82,12 +82,6 @@ def test_what_has_an_effect_is_taken():
     assert recipe.vqa.answers == ("yes", "no")
 
 
-def test_hard_negatives_need_towers():
-    with pytest.raises(UsageError, match=r"negatives hard needs .* name it by `weights`, or set"):
-        parse(vqa__objective="pretraining")
-    assert parse(vqa__objective="pretraining", weights="run").vqa.negatives == "hard"
-
-
 def test_what_the_task_cannot_do():
     with pytest.raises(UsageError, match="task vqa needs towers with tokens, not open_clip:RN50"):
         parse_recipe("", {"task": "vqa", "model": "open_clip:RN50"})
