@@ -178,6 +178,9 @@ def dot(run: int | None) -> str:
     return f'<i class="dot" style="background:var(--{RUN_COLOURS[run % len(RUN_COLOURS)]})"></i>'
 
 
+# Of a setting that has many values.
+_MOST_VALUES = 12
+
 # Characters of a column's head that is not broken into lines; a longer one breaks anywhere, so
 # that it is not parted from its dot.
 _WHOLE = 24
@@ -256,5 +259,15 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
         if isinstance(value, Mapping):
             flat.extend(flatten(value, f"{prefix}{name}."))
         else:
-            flat.append((f"{prefix}{name}", "unset" if value is None else str(value)))
+            flat.append((f"{prefix}{name}", _setting(value)))
     return flat
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, tuple) and len(value) > _MOST_VALUES:
+        # Of VQAv2's 3,129 answers nobody reads all.
+        few = ", ".join(map(str, value[:_MOST_VALUES]))
+        return f"{few}, ... ({len(value):,} in all)"
+    return str(value)

@@ -308,6 +308,8 @@ def test_tiny_scans_are_enlarged_with_sharp_edges() -> None:
 def test_settings_are_flat_and_in_order() -> None:
     settings = {"b": 1, "a": {"x": None, "y": {"z": (0.8, 1.0)}}}
     assert flatten(settings) == [("b", "1"), ("a.x", "unset"), ("a.y.z", "(0.8, 1.0)")]
+    ((_, many),) = flatten({"answers": tuple(map(str, range(3129)))})
+    assert many == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ... (3,129 in all)"
 
 
 def test_writing(tmp_path: Path) -> None:

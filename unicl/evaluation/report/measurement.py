@@ -99,9 +99,18 @@ _ASPECTS = (
     ),
     _Aspect(
         "images",
-        lambda result: f"{result.num_images:,}",
+        lambda result: "" if result.task == "vqa" else f"{result.num_images:,}",
         _looked_up(NUM_TEST_IMAGES),
     ),
+    _Aspect(
+        "questions",
+        lambda result: f"{result.num_images:,}" if result.task == "vqa" else "",
+        _always(""),
+    ),
+    _Aspect("answers to choose from", _recorded("num_answers"), _always("3,129")),
+    _Aspect("candidates looked at again", _recorded("candidates"), _always("")),
+    _Aspect("candidates are those of", _recorded("towers"), _always("")),
+    _Aspect("beams", _recorded("num_beams"), _always("")),
     _Aspect("frames of a clip", _recorded("num_frames")),
     _Aspect(
         "views of a video, clips x crops", _views, lambda peer, dataset: peer.views or _NOT_SAID
