@@ -209,8 +209,12 @@ class _Work:
             "i2t": find_candidates(pictures, texts, right, count=count),
             "t2i": find_candidates(texts, pictures, right.flip(1), count=count),
         }
-        scores = self._matched(images, rows, asked.texts, found)
-        after = {side: each.ranks(scores[side]) for side, each in found.items()}
+        matches = self._matched(images, rows, asked.texts, found)
+        scale = towers.model.scale().item()
+        after = {
+            side: each.ranks(matches[side] + scale * each.similarities)
+            for side, each in found.items()
+        }
         before = {side: each.before for side, each in found.items()}
         result = Result(
             task="retrieval_reranked",

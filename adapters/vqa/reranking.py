@@ -1,4 +1,8 @@
-"""Retrieval in two looks: the towers' best, then co-attention on each of these pairs."""
+"""Retrieval in two looks: the towers' best, then co-attention on each of these pairs.
+
+What counts in the end is the sum of both logits, that of a match and the towers' own: where one of
+the two cannot tell candidates apart, the other can.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +25,14 @@ class Candidates:
     Args:
         queries: Number of each query.
         items: Number of each candidate, the most similar first.
+        similarities: Of each candidate and its query, by the towers.
         right: Which of them are right.
         before: Rank of each query's best right item among all, by the towers.
     """
 
     queries: Int64[Tensor, " queries"]
     items: Int64[Tensor, "queries candidates"]
+    similarities: Float[Tensor, "queries candidates"]
     right: Bool[Tensor, "queries candidates"]
     before: Int64[Tensor, " queries"]
 
@@ -57,7 +63,7 @@ def find_candidates(
     """
     faiss = load_faiss()
     asked = pairs[:, 0].unique()
-    _, found = faiss.knn(
+    similarities, found = faiss.knn(
         queries[asked].numpy(),
         items.contiguous().numpy(),
         min(count, len(items)),
@@ -65,7 +71,8 @@ def find_candidates(
     )
     best = torch.from_numpy(found)
     right = torch.isin(asked[:, None] * len(items) + best, pairs @ torch.tensor([len(items), 1]))
-    return Candidates(asked, best, right, right_ranks(queries, items, pairs))
+    before = right_ranks(queries, items, pairs)
+    return Candidates(asked, best, torch.from_numpy(similarities), right, before)
 
 
 def match_scores(
