@@ -22,6 +22,7 @@ _NOT_IN_ALL = (
     *("coswin3d", "inflation", "zero_shot", "linear_probe", "retrieval", "search"),
     *("dynamic_head", "detection", "co_attention", "question_answering", "demo", "gpu"),
 )
+_TAKE_RUNS = ("demo", "question_answering")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="the smallest sizes; shows the figures, keeps none"
     )
     parser.add_argument("--out", type=Path, help="folder for the JSON (default: with the code)")
-    parser.add_argument("--run", type=Path, help="demo: the folder of a finished `unicl demo`")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="demo: the folder of a finished `unicl demo`; question_answering: where its runs are "
+        "kept, to go on with them after an interruption",
+    )
     arguments = parser.parse_args(argv)
     try:
         if arguments.name is None:
@@ -50,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.name not in (*NAMES, "all"):
         raise UsageError(f"no benchmark {arguments.name!r}; there are {', '.join(NAMES)}")
-    if arguments.run is not None and arguments.name != "demo":
-        raise UsageError("--run belongs to the demo benchmark")
+    if arguments.run is not None and arguments.name not in _TAKE_RUNS:
+        raise UsageError(f"--run belongs to {' and '.join(_TAKE_RUNS)}")
     names = [name for name in NAMES if name not in _NOT_IN_ALL]
     for name in names if arguments.name == "all" else [arguments.name]:
         try:

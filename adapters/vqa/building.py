@@ -49,7 +49,12 @@ from unicl.models import (
     with_locks,
     with_towers_of,
 )
-from unicl.towers.image import backbone_weights, carry_backbone, check_image_size
+from unicl.towers.image import (
+    backbone_weights,
+    carry_backbone,
+    check_image_size,
+    lock_tokenless,
+)
 from unicl.towers.two_tower import TwoTower, carry_model
 
 _MASK_EMBEDDING = "text.mask_embedding"
@@ -113,7 +118,10 @@ def build(recipe: VqaRecipe, ranks: Ranks, *, start: bool) -> Parts:
     """
     tokens = build_tokens(recipe)
     model = build_model(recipe, tokens, start=start)
-    check_image_size(model.image, recipe.image_tower.image_size)
+    tower: Any = model.image
+    check_image_size(tower, recipe.image_tower.image_size)
+    if not recipe.image_tower.locked:
+        lock_tokenless(tower, recipe.image_tower.image_size)
     build_parts = {
         "pretraining": _pretraining,
         "answers": _answering,

@@ -153,6 +153,30 @@ def test_linear_probe(tmp_path):
     assert [row["features"] for row in others] == ["isotropic", "unit norm", "digits"]
 
 
+@pytest.mark.slow
+def test_question_answering_goes_on_where_it_stopped(tmp_path):
+    runs = tmp_path / "runs"
+    record = run_quick("question_answering", tmp_path, "--run", str(runs))
+    assert len(record["bars"]) == 11
+    by_type, by_steps = record["tables"].values()
+    assert [row["start"] for row in by_type] == ["pretrained", "from nothing"]
+    assert [row["step"] for row in by_steps] == [2]
+    before = sorted(runs.glob("*/checkpoints/*/model.safetensors"))
+    times = [path.stat().st_mtime_ns for path in before]
+    assert run_quick("question_answering", tmp_path, "--run", str(runs))["bars"] == record["bars"]
+    assert [path.stat().st_mtime_ns for path in before] == times
+
+
+@pytest.mark.slow
+def test_co_attention(tmp_path):
+    record = run_quick("co_attention", tmp_path)
+    assert [bar["limit"] for bar in record["bars"]] == [1.0, 1.0, 1.0, None]
+    shares, memory = record["tables"].values()
+    parts = ["image tower", "text encoder", "co-attention", "hidden words"]
+    assert [row["part"] for row in shares] == parts
+    assert [row["activations"] for row in memory] == ["kept", "checkpointing"]
+
+
 def test_demo_reads_a_finished_run(tmp_path):
     run = tmp_path / "run"
     (run / "unicl").mkdir(parents=True)
@@ -186,9 +210,9 @@ def test_an_unknown_benchmark_is_refused(capsys):
     assert "no benchmark 'spead'; there are loss, text" in capsys.readouterr().err
 
 
-def test_run_belongs_to_the_demo(capsys, tmp_path):
+def test_run_belongs_to_some(capsys, tmp_path):
     assert main(["loss", "--run", str(tmp_path)]) == 2
-    assert "--run belongs to the demo" in capsys.readouterr().err
+    assert "--run belongs to demo and question_answering" in capsys.readouterr().err
 
 
 def test_the_list_asks_every_question(capsys):

@@ -236,6 +236,20 @@ def check_image_size(tower: nn.Module, size: int) -> None:
         tower.train(training)
 
 
+def lock_tokenless(tower: ImageTower, size: int) -> None:
+    """Keep what of a backbone its tokens do not depend on as it is, such as a head's layers.
+
+    What has no gradient on one rank would keep all others waiting. Nothing is computed.
+    """
+    parameters = [p for p in tower.backbone.parameters() if p.requires_grad]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = tower.projection.weight.device
+        tokens = tower.tokens(torch.zeros(1, tower.in_chans, size, size, device=device))
+        found = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def load_backbone(backbone: nn.Module, path: Path) -> None:
     """Load a backbone's weights, carried to its window and resolution where its family can do that.
 

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import normalize
 
 from adapters.video.coswin3d import coswin3d
 from unicl.errors import UniclError, UsageError
-from unicl.towers.image import ImageTower, check_image_size
+from unicl.towers.image import ImageTower, check_image_size, lock_tokenless
 
 MODELS = ("coswin_nano", "test_vit", "test_resnet", "test_mambaout")
 
@@ -279,3 +279,14 @@ def test_a_model_without_maps_has_no_tokens(monkeypatch):
     for ask in (lambda: tower.tokens(torch.zeros(1, 3, 32, 32)), lambda: tower.token_width):
         with pytest.raises(UsageError, match="test_resnet gives no map of its image"):
             ask()
+
+
+@pytest.mark.parametrize("model", [*MODELS, "test_convnext", "mobilenetv3_small_050"])
+def test_what_tokens_do_not_depend_on_is_locked(model):
+    tower = small_tower(model, image_size=64)
+    lock_tokenless(tower, 64)
+    tower.tokens(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    for name, parameter in tower.backbone.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    locked = {n for n, p in tower.backbone.named_parameters() if not p.requires_grad}
+    assert bool(locked) == (model in ("test_mambaout", "test_convnext", "mobilenetv3_small_050"))
