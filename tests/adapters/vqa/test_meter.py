@@ -14,7 +14,8 @@ from adapters.vqa.meter import Meter
 from adapters.vqa.text_encoder import MASK, RobertaEncoder
 from tests.adapters.vqa.roberta import write_roberta
 from tests.adapters.vqa.runs import recipe_of
-from unicl.config import parse_recipe
+from unicl.config import OptimizerConfig, parse_recipe
+from unicl.engine.optimizer import parameter_groups
 from unicl.models import build_image_tower
 
 OBJECTIVES = ("pretraining", "answers", "captions")
@@ -292,3 +293,13 @@ def test_heads_are_those_of_the_objective(objective):
     if "words" in model.heads:
         assert model.heads["words"].decoder.out_features == tokens.size
     assert model.rates == {"fusion": 5.0, "heads": 50.0}
+
+
+def test_embeddings_of_texts_and_modalities_do_not_decay():
+    model, _ = tiny("pretraining")
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decaying}
+    assert "fusion.modality_embedding" not in names
+    assert not any("embedding" in name or name.endswith("bias") for name in names)
+    assert {"fusion.image_projection.weight", "heads.words.decoder.weight"} <= names
