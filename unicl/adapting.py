@@ -12,6 +12,7 @@ from unicl.models import recipe_of_run, with_towers_of
 
 PRETRAINED, RANDOM = "pretrained towers", "random towers"
 """What the two starts are called."""
+_FOLDERS = {PRETRAINED: "pretrained", RANDOM: "random"}
 
 _KEYS = {
     "data.templates": "none",
@@ -23,7 +24,12 @@ _EVALUATIONS = 4
 
 
 def train_both(
-    keys: Mapping[str, str], towers: Path, folder: Path, *, steps: int
+    keys: Mapping[str, str],
+    towers: Path,
+    folder: Path,
+    *,
+    steps: int,
+    starts: Mapping[str, Path] | None = None,
 ) -> dict[str, Path]:
     """Train one recipe twice: on a run's towers, and on towers of the same sizes from nothing.
 
@@ -32,6 +38,7 @@ def train_both(
         towers: The run.
         folder: Gets the two runs; one that is finished is not trained again.
         steps: Of each; the adapter is measured four times on the way.
+        starts: What each goes on from, where something was trained before.
 
     Returns:
         The folders of the runs, by `PRETRAINED` and `RANDOM`.
@@ -43,11 +50,13 @@ def train_both(
         "schedule.warmup_steps": str(min(50, steps // 4)),
     }
     recipe: Recipe = with_towers_of(parse_recipe("", {**own, **keys}), recipe_of_run(towers))
-    starts = {
-        PRETRAINED: (replace(recipe, weights=str(towers)), "pretrained"),
-        RANDOM: (recipe, "random"),
+    weights = {PRETRAINED: towers, RANDOM: None, **(starts or {})}
+    return {
+        start: train(
+            replace(recipe, weights=None if path is None else str(path)), folder / _FOLDERS[start]
+        ).path
+        for start, path in weights.items()
     }
-    return {start: train(own, folder / name).path for start, (own, name) in starts.items()}
 
 
 def curves(runs: Mapping[str, Path]) -> dict[str, Rows]:

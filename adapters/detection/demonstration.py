@@ -16,6 +16,7 @@ from unicl.predictor import Predictor
 
 _SIDE, _SIZES, _MOST = 128, (28, 56), 4
 _NUM_TRAIN, _NUM_VALID, _SHOWN = 1500, 100, 4
+_THRESHOLD, _ENLARGED = 0.4, 4
 _KEYS = {
     "task": "detection",
     "detection.width": "48",
@@ -80,13 +81,14 @@ def _show(detectors: list[Predictor], scene: Scene) -> Shown:
 
 
 def _found(detector: Predictor, pixels: np.ndarray) -> tuple[bytes, str, bool | None]:
-    (objects,) = detector.detect([pixels])
+    (objects,) = detector.detect([pixels], threshold=_THRESHOLD)
+    large = open_image(encode(pixels)).resize((_ENLARGED * _SIDE,) * 2)  # letters need room
     drawn = draw(
-        open_image(encode(pixels)),
-        torch.tensor([each.box for each in objects]).view(-1, 4),
+        large,
+        _ENLARGED * torch.tensor([each.box for each in objects]).view(-1, 4),
         [each.name for each in objects],
         torch.tensor([each.score for each in objects]),
     )
     file = BytesIO()
-    drawn.resize((2 * _SIDE, 2 * _SIDE)).save(file, "JPEG", quality=90)
+    drawn.save(file, "JPEG", quality=90)
     return file.getvalue(), f"{len(objects)} found", None

@@ -10,6 +10,7 @@ import numpy as np
 
 from unicl.adapting import curves, train_both
 from unicl.data.emoji_scenes import EMOJI, Scene, encode, make_generator, paint_emoji
+from unicl.data.shards import ShardWriter
 from unicl.evaluation.report import Comparison, Shown
 from unicl.predictor import Predictor
 
@@ -17,6 +18,7 @@ _SIDE, _SIZES = 96, (32, 44)
 _NUM_TRAIN, _NUM_VALID, _SHOWN = 4000, 200, 4
 # Nothing is right or left of what stands straight above it.
 _LEAST_APART = 12
+_SCENES_PER_SHARD = 500
 _KEYS = {
     "task": "vqa",
     "image_tower.image_size": str(_SIDE),
@@ -25,13 +27,18 @@ _KEYS = {
     "vqa.num_heads": "4",
     "vqa.dropout": "0",
     "vqa.max_text_length": "24",
-    "vqa.fusion_rate": "2",
-    "vqa.head_rate": "4",
-    "vqa.min_answer_count": "1",
     "optimizer.learning_rate": "3e-4",
     "optimizer.weight_decay": "0.01",
-    "trainer.batch_size": "32",
+    "trainer.batch_size": "64",
 }
+# Negatives at random: random towers could not choose any.
+_PRETRAINING = {
+    "vqa.objective": "pretraining",
+    "vqa.head_rate": "5",
+    "vqa.mask_share": "0.25",
+    "vqa.negatives": "random",
+}
+_ANSWERS = {"vqa.fusion_rate": "2", "vqa.head_rate": "4", "vqa.min_answer_count": "1"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class _Riddle:
     """A scene of two emoji, and questions about it with their answers by kind."""
 
     scene: Scene
+    caption: str
     asked: tuple[tuple[str, str, str], ...]
     """Kind, question and answer."""
 
@@ -49,20 +57,28 @@ def demonstrate(towers: Path, folder: Path, *, steps: int) -> Comparison:
     Args:
         towers: The run.
         folder: Everything is written below it.
-        steps: Of 32 questions, from each start.
+        steps: Of matching and hidden words, and as many of questions, 64 each, from each start.
     """
     data = folder / "data"
     if not (data / "val_annotations.json").exists():
+        _write_captions(data / "captions")
         _write(data, "train", _NUM_TRAIN, first=1)
         _write(data, "val", _NUM_VALID, first=_NUM_TRAIN + 1)
-    keys = {**_KEYS, "data.train": str(data), "evaluation.data": str(data)}
-    runs = train_both(keys, towers, folder, steps=steps)
+    learned = train_both(
+        {**_KEYS, **_PRETRAINING, "data.train": str(data / "captions")},
+        towers,
+        folder / "matching",
+        steps=steps,
+    )
+    keys = {**_KEYS, **_ANSWERS, "data.train": str(data), "evaluation.data": str(data)}
+    runs = train_both(keys, towers, folder, steps=steps, starts=learned)
     models = [Predictor.load(run) for run in runs.values()]
     shown = [_show(models, _draw("val", index), index % 3) for index in range(_SHOWN)]
     return Comparison(
         title="Question answering",
-        words="METER's co-attention answers what is left or right of what, what is there and what "
-        f"is not, of {len(EMOJI)} kinds of emoji: {steps:,} steps of 32 questions; measured on "
+        words="METER's co-attention answers what is on the left or right, on which side something "
+        f"is, and whether it is there, of {len(EMOJI)} kinds of emoji: {steps:,} steps of 64 "
+        f"captions, for matching and hidden words, and {steps:,} of 64 questions; measured on "
         f"questions about {_NUM_VALID} other scenes.",
         metric="vqa/accuracy",
         called="VQA's accuracy",
@@ -81,17 +97,24 @@ def _draw(part: str, index: int) -> _Riddle:
         if abs(middles[0] - middles[1]) >= _LEAST_APART:
             break
     left, right = (there[place] for place in np.argsort(middles))
+    side, named = ("left", left) if rng.random() < 0.5 else ("right", right)
     claimed = there[int(rng.integers(2))] if rng.random() < 0.5 else absent
-    sides = ("left", right, left) if rng.random() < 0.5 else ("right", left, right)
-    side, known, sought = sides
     return _Riddle(
         scene,
+        f"{left} on the left and {right} on the right",
         (
-            ("place", f"what is {side} of the {known}?", sought),
-            ("side", f"on which side do you see the {sought}?", side),
+            ("name", f"what is on the {side}?", named),
+            ("side", f"on which side do you see the {named}?", side),
             ("existence", f"can you see the {claimed}?", "yes" if claimed in there else "no"),
         ),
     )
+
+
+def _write_captions(folder: Path) -> None:
+    with ShardWriter(folder, samples_per_shard=_SCENES_PER_SHARD) as writer:
+        for index in range(_NUM_TRAIN):
+            riddle = _draw("train", index)
+            writer.write(f"{index:06d}", encode(riddle.scene.pixels), "png", riddle.caption)
 
 
 def _write(folder: Path, part: str, count: int, *, first: int) -> None:

@@ -100,6 +100,7 @@ img { object-fit: contain; border-radius: 6px; background: var(--panel); }
 .hits .right img { border-color: var(--right); }
 .hits figcaption { font-size: 12.5px; line-height: 1.3; overflow-wrap: anywhere; margin-top: 3px; }
 .hits .right figcaption { color: var(--right); }
+.alone { max-width: 540px; }
 .seen { display: flex; flex-wrap: wrap; gap: 12px 20px; align-items: flex-start; }
 .seen figure { max-width: 240px; }
 .seen img { max-width: 100%; }

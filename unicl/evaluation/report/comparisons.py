@@ -42,8 +42,8 @@ def _section(comparison: Comparison) -> str:
     )
     svg = draw(panel, comparison.curves)
     figure = (
-        f'<div class="curves"><figure><figcaption>{escape(comparison.called)}</figcaption>{svg}'
-        "</figure></div>"
+        '<div class="curves alone"><figure>'
+        f"<figcaption>{escape(comparison.called)}</figcaption>{svg}</figure></div>"
         if svg
         else ""
     )
