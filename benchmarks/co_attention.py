@@ -27,10 +27,10 @@ _PLACES, _LENGTH = 144, 50  # of an image of 384 pixels, and METER's texts
 
 def measure(*, quick: bool) -> Result:
     """Time the stacks of METER, and steps of pretraining on CoSwin-T; one minute on 2 cores."""
-    rounds, batch = (1, 1) if quick else (5, 8)
+    rounds, batch = (1, 1) if quick else (5, 4)
     stacks = {p: _stacks(p, rounds, batch, quick=quick) for p in ("fp32", "bf16")}
     sizes = {"batch": batch, "quick": quick}
-    steps = _steps(rounds, **sizes)
+    steps = _steps(1 if quick else 3, **sizes)
     memory = {
         name: peak_memory("benchmarks.co_attention:memory_case", checkpointing=on, **sizes)
         for name, on in (("kept", False), ("checkpointing", True))
@@ -230,7 +230,7 @@ def _profile(*, batch: int, quick: bool) -> Mapping[str, float]:
     def timed(part: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: part().sum().backward()
 
-    found = compare({name: timed(part) for name, part in parts.items()}, repeats=1 if quick else 3)
+    found = compare({name: timed(part) for name, part in parts.items()}, repeats=1 if quick else 2)
     total = sum(each.median for each in found.values())
     return {name: each.median / total for name, each in found.items()}
 
