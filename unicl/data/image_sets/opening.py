@@ -11,6 +11,7 @@ from unicl.data.image_sets.class_folder import (
     open_class_folder,
     open_loose_files,
 )
+from unicl.data.image_sets.coco_captions import is_coco_captions, open_coco_captions
 from unicl.data.image_sets.digits import open_digits
 from unicl.data.image_sets.image_set import CaptionSet, ClassificationSet, ImageSet
 from unicl.data.image_sets.karpathy import KARPATHY_SETS, open_karpathy
@@ -37,8 +38,8 @@ def open_image_set(
 
     Args:
         spec: A name in `KNOWN_SETS`, or a folder: of one folder of images per class, of
-            CLIP_benchmark's WebDataset tars, or of prepared shards. A folder that is itself called
-            by a known name is `./NAME`.
+            CLIP_benchmark's WebDataset tars, of prepared shards, or with COCO's files of captions.
+            A folder that is itself called by a known name is `./NAME`.
         split: `train`, `val` or `test`. A folder without parts is its own `test`; of a set with
             `val` and no `test` it is `val`, as its split says.
         root: Known sets lie in `root/NAME`.
@@ -103,6 +104,8 @@ def _open(
         opened = open_prepared(folder, split=split, kind=kind)
     elif is_webdataset(folder):
         opened = open_webdataset(folder, split=split)
+    elif is_coco_captions(folder):
+        opened = open_coco_captions(folder, split=split)
     else:
         opened = open_class_folder(folder, split=split)
     return replace(opened, name=_own_name(opened.name))
