@@ -333,7 +333,10 @@ def test_damaged_negatives_are_made_anew(runs, tmp_path, name, left):
         (
             "answers",
             "questions",
-            {f"vqa/accuracy{kind}" for kind in ("", "/number", "/other", "/yes/no")},
+            {
+                *(f"vqa/accuracy{kind}" for kind in ("", "/number", "/other", "/yes/no")),
+                *(f"vqa/type/{kind}" for kind in ("colour", "shape", "existence", "count")),
+            },
         ),
         ("captions", "pairs", {"captions/cider", *(f"captions/bleu{n}" for n in range(1, 5))}),
     ],
