@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -38,7 +38,9 @@ from unicl.models import (
     build_transform,
     choose_device,
     complete,
+    like,
     read_recipe,
+    with_towers_of,
 )
 from unicl.pretraining import Pretraining, StepFlops
 from unicl.towers.image import check_image_size
@@ -121,9 +123,9 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         UniclError: what stopped the run, in one line.
     """
     recipe = complete(recipe)
-    if recipe.task != PRETRAINING:
-        recipe = find_plugin(recipe.task).complete(recipe)
     folder = Path(out) if out is not None else Path("runs") / recipe.name
+    if recipe.task != PRETRAINING:
+        recipe = find_plugin(recipe.task).complete(_as_begun(recipe, folder))
     deepspeed = recipe.engine.backend == "deepspeed"
     with joined(
         choose_device(recipe.trainer.device),
@@ -403,6 +405,19 @@ def build_held_out(
     )
     retrieval = Retrieval(loader, build_tokenizer(recipe), batch_size=evaluation.batch_size)
     return HeldOut(loader, zero_shot, retrieval)
+
+
+def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe that takes from its own run what it would take from weights that are gone."""
+    is_gone = recipe.weights is not None and not Path(recipe.weights).exists()
+    if not is_gone or not checkpoints(folder / "checkpoints"):
+        return recipe
+    run = read_recipe(folder)
+    if run.task != recipe.task:
+        return recipe
+    section = getattr(recipe, recipe.task)
+    own = like(section, getattr(run, run.task), [item.name for item in fields(section)])
+    return with_towers_of(replace(recipe, **{recipe.task: own}), run)
 
 
 def _check_free(folder: Path, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from adapters.vqa.building import build, build_model, build_tokens, complete
 from adapters.vqa.config import VqaConfig
 from tests.adapters.detection.runs import recipe_of as detection_recipe
 from tests.adapters.vqa.roberta import write_roberta
-from tests.adapters.vqa.runs import DATA, TOWERS, recipe_of
+from tests.adapters.vqa.runs import DATA, FUSION, TOWERS, recipe_of
 from unicl import Predictor
 from unicl.build import open_shards, train
 from unicl.config import parse_recipe, recipe_to_toml
@@ -265,6 +265,32 @@ def test_a_run_that_is_cut_ends_as_a_whole_one(runs, tmp_path, objective):
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     start = weights_of(runs / "towers")
     assert not all(torch.equal(one[name], weight) for name, weight in start.items())
+
+
+def test_a_run_goes_on_without_the_weights_that_gave_its_sizes(runs, tmp_path):
+    shutil.copytree(runs / "pretraining", tmp_path / "started")
+    sizes = ("embed_dim", "image_tower", "text_tower", "vqa.width", "vqa.num", "vqa.max_text")
+    bare = {key: value for key, value in {**TOWERS, **FUSION}.items() if not key.startswith(sizes)}
+    given = {
+        **bare,
+        "vqa.objective": "answers",
+        "vqa.min_answer_count": "1",
+        "data.train": str(runs / "questions"),
+        "weights": str(tmp_path / "started"),
+        "trainer.steps": "3",
+        "trainer.keep_last": "3",
+    }
+    recipe = parse_recipe("", given)
+    train(recipe, tmp_path / "run")
+    shutil.rmtree(checkpoints(tmp_path / "run/checkpoints")[-1])
+    shutil.rmtree(tmp_path / "started")
+    assert train(recipe, tmp_path / "run").step == 3
+    own = read_recipe(tmp_path / "run")
+    assert (own.vqa.width, own.text_tower.width, own.image_tower.image_size) == (16, 16, 32)
+    other = parse_recipe("", {**given, "text_tower.width": "64"})
+    shutil.rmtree(checkpoints(tmp_path / "run/checkpoints")[-1])
+    with pytest.raises(UsageError, match=r"holds a run with another text_tower.width"):
+        train(other, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["answer", "image"])
