@@ -34,7 +34,7 @@ from unicl.models import load
 
 _TOWERS = {
     "embed_dim": "64",
-    "image_tower.model": "coswin_quiz",
+    "image_tower.model": "quiz_coswin",
     "image_tower.image_size": str(quiz.SIDE),
     "text_tower.width": "128",
     "text_tower.num_layers": "2",
@@ -127,7 +127,7 @@ def _measure(folder: Path, *, quick: bool) -> Result:
 
 
 @register_model
-def coswin_quiz(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def quiz_coswin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CoSwin of three stages: 16 tokens of an image of 64 pixels."""
     sizes = {"depths": (1, 2, 2), "num_heads": (1, 2, 4), "window_size": 4}
     return coswin_nano(pretrained, **{**sizes, **kwargs})

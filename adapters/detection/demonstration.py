@@ -16,7 +16,7 @@ from unicl.predictor import Predictor
 
 _SIDE, _SIZES, _MOST = 128, (28, 56), 4
 _NUM_TRAIN, _NUM_VALID, _SHOWN = 1500, 100, 4
-_THRESHOLD, _ENLARGED = 0.4, 4
+_THRESHOLD, _ENLARGED = 0.4, 2
 _KEYS = {
     "task": "detection",
     "detection.width": "48",
