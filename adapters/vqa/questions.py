@@ -8,22 +8,22 @@ import json
 import logging
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from adapters.vqa.question_files import Annotation, Asked, read_annotations, read_questions
 from unicl.data.image_sets.image_set import MissingSetError, choose_split
 from unicl.data.image_sets.images import ImageFiles
 from unicl.data.shard_index import IMAGE_EXTENSIONS
-from unicl.errors import UniclError, UsageError
+from unicl.errors import UsageError
 
 logger = logging.getLogger("unicl")
 
@@ -42,7 +42,6 @@ _PARTS = {
 }
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _LAST_DIGITS = re.compile(r"([0-9]+)[^0-9]*$")
-_KINDS = {int: "whole number", str: "text", list: "list"}
 
 
 @dataclass(frozen=True)
@@ -98,36 +97,13 @@ class QuestionSet:
         return digest.hexdigest()
 
 
-class _Asked(NamedTuple):
-    """An entry of a file of questions."""
-
-    question_id: int
-    image_id: int
-    text: str
-
-
-class _Annotation(NamedTuple):
-    """An entry of a file of annotations."""
-
-    question_id: int
-    image_id: int
-    question_type: str
-    answer_type: str
-    main_answer: str
-    answers: tuple[str, ...]
-
-
-Entry = TypeVar("Entry", _Asked, _Annotation)
-Value = TypeVar("Value")
-
-
 class _Row(NamedTuple):
     """A question that can be used."""
 
-    asked: _Asked
+    asked: Asked
     image: str
     """Path below the folder of the set."""
-    annotation: _Annotation | None
+    annotation: Annotation | None
 
 
 def open_question_set(spec: str, *, split: str, root: Path) -> QuestionSet:
@@ -183,7 +159,7 @@ def _build(
 ) -> QuestionSet:
     numbers: dict[str, int] = {}
     image_rows = [numbers.setdefault(row.image, len(numbers)) for row in rows]
-    nothing = _Annotation(0, 0, "", "", "", ())
+    nothing = Annotation(0, 0, "", "", "", ())
     annotations = [row.annotation or nothing for row in rows]
     return QuestionSet(
         name=name,
@@ -328,8 +304,8 @@ def _kept_images(image_ids: Iterable[int]) -> set[int]:
 class _Part:
     """A part as its files have it."""
 
-    asked: list[_Asked]
-    annotations: dict[int, _Annotation] | None
+    asked: list[Asked]
+    annotations: dict[int, Annotation] | None
     """By question; None without a file of them."""
     images: Mapping[int, list[str]]
     """Paths by the number of an image, to which one should belong."""
@@ -338,13 +314,13 @@ class _Part:
 
     @staticmethod
     def load(files: _Files, images: Mapping[int, list[str]]) -> "_Part":
-        asked = _read(files.questions, "questions", _asked)
+        asked = read_questions(files.questions)
         if files.annotations is None:
             return _Part(asked, None, images, Counter())
-        annotations: dict[int, _Annotation] = {}
+        annotations: dict[int, Annotation] = {}
         known = {each.question_id for each in asked}
         unused: Counter[str] = Counter()
-        for each in _read(files.annotations, "annotations", _annotation):
+        for each in read_annotations(files.annotations):
             if each.question_id not in known:
                 unused["annotation without question"] += 1
             elif annotations.setdefault(each.question_id, each) is not each:
@@ -368,7 +344,7 @@ class _Part:
                 rows.append(row)
         return rows
 
-    def _image(self, asked: _Asked) -> str:
+    def _image(self, asked: Asked) -> str:
         paths = self.images.get(asked.image_id, ())
         if len(paths) > 1:
             raise UsageError(
@@ -377,7 +353,7 @@ class _Part:
             )
         return paths[0] if paths else ""
 
-    def _annotation(self, asked: _Asked) -> _Annotation | None:
+    def _annotation(self, asked: Asked) -> Annotation | None:
         return self.annotations.get(asked.question_id) if self.annotations is not None else None
 
     def _fault(self, row: _Row) -> str:
@@ -428,83 +404,3 @@ def _by_number(paths: Iterable[str]) -> dict[int, list[str]]:
         if match := _LAST_DIGITS.search(stem):
             found[int(match[1])].append(path)
     return dict(found)
-
-
-def _read(path: Path, key: str, convert: Callable[[Path, dict[str, Any]], Entry]) -> list[Entry]:
-    """Read the list under a key of a JSON file, each of whose entries has a question_id.
-
-    They are converted while the file is parsed: as dicts VQAv2's answers would take 2 GiB.
-    """
-
-    def take(found: dict[str, Any]) -> Any:
-        if "question_id" in found:
-            return convert(path, found)
-        answer = found.get("answer")
-        return sys.intern(answer) if type(answer) is str else found
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=take)
-    except OSError as error:
-        raise UniclError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UniclError(f"{path} is no JSON, or damaged: {error}; unpack it again") from error
-    entries = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise UniclError(f"{path} has no list of {key}; expected an object as VQAv2's files are")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, tuple):  # which JSON has none of
-            raise UniclError(f"{path}: entry {number} of {key} has no question_id")
-    return entries
-
-
-def _asked(path: Path, found: dict[str, Any]) -> _Asked:
-    return _Asked(
-        _question_id(path, found),
-        _field(path, found, "image_id", int),
-        _text(path, found, "question").strip(),
-    )
-
-
-def _annotation(path: Path, found: dict[str, Any]) -> _Annotation:
-    answers = _field(path, found, "answers", list)
-    if not all(type(answer) is str for answer in answers):
-        raise UniclError(
-            f"{path}: the answers of question {found['question_id']!r} must be objects whose "
-            "answer is a text"
-        )
-    return _Annotation(
-        _question_id(path, found),
-        _field(path, found, "image_id", int),
-        sys.intern(_text(path, found, "question_type")),
-        sys.intern(_text(path, found, "answer_type")),
-        sys.intern(_text(path, found, "multiple_choice_answer")),
-        tuple(answers),
-    )
-
-
-def _question_id(path: Path, found: dict[str, Any]) -> int:
-    number = _field(path, found, "question_id", int)
-    if not -(2**63) <= number < 2**63:
-        raise UniclError(f"{path}: question_id {number} has more than 64 bits; number it anew")
-    return number
-
-
-def _text(path: Path, found: dict[str, Any], key: str) -> str:
-    text = _field(path, found, key, str)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half a pair of surrogates
-        raise UniclError(
-            f"{path}: {key} of question {found['question_id']!r} is no text: {text[:80]!a}"
-        ) from error
-    return text
-
-
-def _field(path: Path, found: dict[str, Any], key: str, kind: type[Value]) -> Value:
-    """Return the value of a key, of just the kind: JSON's `true` is no number."""
-    value = found.get(key)
-    if type(value) is not kind:
-        fault = f"is no {_KINDS[kind]}: {str(value)[:80]!a}" if key in found else "is missing"
-        raise UniclError(f"{path}: {key} of question {found['question_id']!r} {fault}")
-    return value
