@@ -136,7 +136,7 @@ def train(recipe: Recipe, out: str | Path | None = None) -> Run:
         # Built before anything is written: a mistake in the recipe must not occupy the folder.
         trainer = ranks.together(lambda: build_trainer(recipe, folder, ranks))
         digest = ranks.together(lambda: _check_data(folder, recipe, trainer))
-        ranks.together(lambda: _claim(folder, recipe, digest) if ranks.first else None)
+        ranks.on_first(lambda: _claim(folder, recipe, digest))
         return trainer.fit()
 
 

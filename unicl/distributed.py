@@ -129,6 +129,13 @@ class Ranks:
         self.check(error)
         return cast(Value, value)
 
+    def on_first(self, work: Callable[[], Value]) -> Value | None:
+        """Do on the first rank what may fail; what it returns is None on all others.
+
+        As of `together`, all ranks wait for it, and it must exchange nothing.
+        """
+        return self.together(lambda: work() if self.first else None)
+
     def check(self, error: Exception | None) -> None:
         """Raise this rank's error if it has one, else the first that another rank has."""
         if self.group is not None:

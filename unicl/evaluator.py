@@ -153,12 +153,12 @@ def evaluate(
         setting = setting_of(options, ranks)
         out = results_folder(model) if options.out is None else options.out
         # Asked now, for embedding a set may take hours.
-        ranks.together(lambda: require_writable(out) if ranks.first else None)
+        ranks.on_first(lambda: require_writable(out))
         results = []
         for parts in work:
             result, keep = _run(protocol, loaded, parts, probe, setting, options)
             results.append(result)
-            ranks.together(partial(_save, out, result, keep) if ranks.first else _nothing)
+            ranks.on_first(partial(_save, out, result, keep))
             logger.info("%s: %s %s", result.name, result.headline, _headline(result))
     return results
 
@@ -415,10 +415,6 @@ def _run(
     assert parts.train is not None
     result, found = protocols.linear_probe(model, parts.train, parts.validation, test, setting)
     return result, partial(_save_probe, found.probe)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _keep_nothing(stem: Path) -> None:

@@ -91,9 +91,7 @@ def fine_tune(
             result = replace(result, task="fine_tune")
         from_ = {"from": str(model), "steps": recipe.trainer.steps}
         result = replace(result, protocol={**result.protocol, **from_})
-        ranks.together(
-            lambda: save_result(run.path / "evaluation", result) if ranks.first else None
-        )
+        ranks.on_first(lambda: save_result(run.path / "evaluation", result))
     return result
 
 

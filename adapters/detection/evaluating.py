@@ -74,7 +74,7 @@ def evaluate(
         detect = ranks.together(lambda: detector_of(loaded))
         config = ranks.together(lambda: _config(evaluation, detect, sets, options, overrides))
         out = results_folder(model) if options.out is None else options.out
-        ranks.together(lambda: require_writable(out) if ranks.first else None)
+        ranks.on_first(lambda: require_writable(out))
         results = []
         for images in sets:
             mark = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
@@ -82,7 +82,7 @@ def evaluate(
                 _TASKS[evaluation], loaded, images, options, ranks, config=config, mark=mark
             )
             results.append(result)
-            ranks.together(partial(save, out, result, found, images) if ranks.first else _nothing)
+            ranks.on_first(partial(save, out, result, found, images))
             value = figure(result.headline, result.metrics[result.headline])
             logger.info("%s: %s %s", result.name, result.headline, value)
     return results
@@ -198,10 +198,6 @@ def save(out: Path, result: Result, found: Found, images: DetectionSet) -> None:
     if result.headline == "ar100":
         names = {AGNOSTIC: "object"}
     save_pictures(stem.with_name(f"{stem.name}.pictures"), images, found, names)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _config(

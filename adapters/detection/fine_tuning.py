@@ -104,14 +104,14 @@ def fine_tune(
             result, found = measure(_TASKS[evaluation], tuned, test, options, ranks)
             result = _described(result, model, recipe, part, shots, options.seed)
             kept = partial(save, part.run / "evaluation", result, found, test)
-            ranks.together(kept if ranks.first else _nothing)
+            ranks.on_first(kept)
             value = figure(result.headline, result.metrics[result.headline])
             logger.info("%s: %s %s", result.name, result.headline, value)
             results.append(result)
         if evaluation == "fine-tune":
             return results[0]
         joint = _joined(results)
-        ranks.together(lambda: _save_joint(out, joint) if ranks.first else None)
+        ranks.on_first(lambda: _save_joint(out, joint))
     return joint
 
 
@@ -242,7 +242,7 @@ def _require_classes(recipe: DetectionRecipe, training: DetectionSet, test: Dete
 def _train(recipe: DetectionRecipe, part: _Part, ranks: Ranks) -> Pretrained:
     """Train, or go on, and load what was trained."""
     if part.chosen:
-        ranks.together(lambda: _write(part) if ranks.first else None)
+        ranks.on_first(lambda: _write(part))
     run = train(recipe, part.run)
     return ranks.together(lambda: load(run.path, device=recipe.trainer.device))
 
@@ -278,10 +278,6 @@ def _described(
 
 def _save_joint(out: Path, joint: Result) -> None:
     save_result(out / "evaluation", joint)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _joined(results: Sequence[Result]) -> Result:

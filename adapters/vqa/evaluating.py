@@ -79,7 +79,7 @@ def evaluate(
         loaded = ranks.together(lambda: load(model, device=str(device)))
         reader = ranks.together(lambda: _reader(evaluation, loaded, overrides))
         out = results_folder(model) if options.out is None else options.out
-        ranks.together(lambda: require_writable(out) if ranks.first else None)
+        ranks.on_first(lambda: require_writable(out))
         mark = ", ".join(f"{key}={value}" for key, value in sorted(overrides.items()))
         work = _Work(loaded, reader, options, ranks, out, {"mark": mark} if mark else {})
         results = []
@@ -148,7 +148,7 @@ class _Work:
         missing = questions.num_questions - len(said)
         if not questions.annotated:
             path = self.out / f"{questions.name.replace('/', '_')}@{questions.split}{SAID}"
-            self._first(partial(write_submission, path, list(said), list(said.values())))
+            self.ranks.on_first(partial(write_submission, path, list(said), list(said.values())))
             logger.info("%s has no published answers; they are for the server: %s", questions, path)
             return None
         skipped = {**questions.skipped, **({"unreadable image": missing} if missing else {})}
@@ -163,7 +163,9 @@ class _Work:
             protocol={**self._protocol(questions.split), "num_answers": len(reader.config.answers)},
             seconds=time.perf_counter() - start,
         )
-        self._first(lambda: write_submission(self._beside(result), list(said), list(said.values())))
+        self.ranks.on_first(
+            lambda: write_submission(self._beside(result), list(said), list(said.values()))
+        )
         return result
 
     def captions(self, images: CaptionSet) -> Result:
@@ -191,7 +193,7 @@ class _Work:
             {"image_id": _image_id(images, row), "caption": caption}
             for row, caption in sorted(said.items())
         ]
-        self._first(lambda: _write_json(self._beside(result), rows))
+        self.ranks.on_first(lambda: _write_json(self._beside(result), rows))
         return result
 
     def rerank(self, images: CaptionSet) -> Result:
@@ -235,7 +237,7 @@ class _Work:
             },
             seconds=time.perf_counter() - start,
         )
-        self._first(lambda: save_result(self.out, result))
+        self.ranks.on_first(lambda: save_result(self.out, result))
         return result
 
     def _matched(
@@ -303,13 +305,6 @@ class _Work:
     def _beside(self, result: Result) -> Path:
         stem = save_result(self.out, result).with_suffix("")
         return stem.with_name(stem.name + SAID)
-
-    def _first(self, work: Any) -> None:
-        self.ranks.together(work if self.ranks.first else _nothing)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _require_some(said: Mapping[int, str], asked: QuestionSet | CaptionSet) -> None:

@@ -164,12 +164,12 @@ def embed_all(
     if not done:
         model = ranks.together(load)
         logger.info("embedding what negatives are chosen by, with %s", model.name)
-        ranks.together(lambda: _make(folder) if ranks.first else None)
+        ranks.on_first(lambda: _make(folder))
         images = image_blocks(model, samples, setting)
         _write(folder / "images.npy", samples.num_samples, _image_rows(images), ranks)
         _write(folder / "texts.npy", len(texts), _text_rows(model, texts, setting), ranks)
         about = {"digest": digest, "scale": model.model.scale().item(), "model": model.name}
-        ranks.together(lambda: _finish(folder, about) if ranks.first else None)
+        ranks.on_first(lambda: _finish(folder, about))
     return ranks.together(lambda: _open(folder))
 
 
@@ -227,14 +227,10 @@ def _write(path: Path, num_rows: int, blocks: Any, ranks: Ranks) -> None:
             raise write_error(path, error) from error
 
     for rows, block in blocks:
-        ranks.together(partial(put, rows, block) if ranks.first else _nothing)
-    ranks.together(partial(_require, array) if ranks.first else _nothing)
+        ranks.on_first(partial(put, rows, block))
+    ranks.on_first(partial(_require, array))
 
 
 def _require(array: Any) -> None:
     if array is None:
         raise UniclError("no image of the training data can be read to choose negatives by")
-
-
-def _nothing() -> None:
-    pass

@@ -280,7 +280,7 @@ class Trainer:
     def resume(self) -> None:
         """Make the backend, from the newest whole checkpoint of the run's folder if there is."""
         folder = self.folder / "checkpoints"
-        self.ranks.together(lambda: sweep(folder) if self.ranks.first else None)
+        self.ranks.on_first(lambda: sweep(folder))
         path = newest_checkpoint(folder, self.ranks)
         if path is None:
             self.backend = self._make_backend()

@@ -125,7 +125,7 @@ def image_blocks(
         key = _key(model, setting, f"images{reading}", images.fingerprint)
         entry = setting.cache / key
         about = {"model": model.name, "images": str(images), "num_images": images.num_samples}
-        setting.ranks.together(lambda: _describe(entry, about) if setting.ranks.first else None)
+        setting.ranks.on_first(lambda: _describe(entry, about))
     loader = _loader(model, images, setting)
     with progress_bar("embedding") if setting.ranks.first else nullcontext(_untold) as progress:
         for start in range(0, images.num_samples, _BLOCK):
@@ -305,13 +305,13 @@ def _recalled_tensors(
 
     All ranks do the one or the other: the first rank looks whether the file is there.
     """
-    found = ranks.together(lambda: _read(path) if ranks.first else None)
+    found = ranks.on_first(lambda: _read(path))
     (present,) = ranks.gather_numbers(int(found is not None))[0]
     if present:
         return ranks.together(lambda: found or _require(path))
     tensors, notes = make()
     lasting = _PASSING.isdisjoint(json.loads(notes.get("skipped", "{}")))
-    ranks.together(lambda: _write(path, tensors, notes) if lasting and ranks.first else None)
+    ranks.on_first(lambda: _write(path, tensors, notes) if lasting else None)
     return tensors, notes
 
 
