@@ -89,11 +89,10 @@ class Reader:
         Raises:
             UsageError: a question is longer than the text encoder sees.
         """
-        for question in questions:
-            self._require_fitting(question, "the question")
+        tokens = self._tokens(questions, "the question")
         with evaluating(self.model):
             seen = self._look(image).expand(len(questions), -1, -1)
-            logits = self.model.answer(seen, self._tokens(questions))
+            logits = self.model.answer(seen, tokens)
         scores, best = logits.sigmoid().topk(min(top_k, logits.shape[1]))
         answers = self.config.answers
         return [
@@ -114,25 +113,23 @@ class Reader:
         Raises:
             UsageError: a text is longer than the text encoder sees.
         """
-        for text in texts:
-            self._require_fitting(text, "the text")
+        tokens = self._tokens(texts, "the text")
         with evaluating(self.model):
             seen = self._look(image).expand(len(texts), -1, -1)
-            return self.model.match(seen, self._tokens(texts)).sigmoid().tolist()
+            return self.model.match(seen, tokens).sigmoid().tolist()
 
     def _look(self, image: Image.Image) -> Float[Tensor, "1 places width"]:
         pixels = self.transform(image, 0)[None]
         return self.model.look(pixels.to(device_of(self.model)))
 
-    def _tokens(self, texts: Sequence[str]) -> Tensor:
+    def _tokens(self, texts: Sequence[str], what: str) -> Tensor:
+        for text in texts:
+            if not self.tokens.fits(text):
+                raise UsageError(
+                    f"{what} {text[:60]!r} is longer than the {self.tokens.context_length} tokens "
+                    f"that {self.name} sees; shorten it"
+                )
         return self.tokens(texts).to(device_of(self.model))
-
-    def _require_fitting(self, text: str, what: str) -> None:
-        if not self.tokens.fits(text):
-            raise UsageError(
-                f"{what} {text[:60]!r} is longer than the {self.tokens.context_length} tokens that "
-                f"{self.name} sees; shorten it"
-            )
 
 
 def reader_of(model: Pretrained, objective: str) -> Reader:
