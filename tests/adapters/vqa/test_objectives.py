@@ -12,7 +12,6 @@ from adapters.vqa.negatives import DrawnNegatives
 from adapters.vqa.objectives import VisionLanguagePretraining, hide_words
 from adapters.vqa.text_encoder import MASK
 from adapters.vqa.tokens import ClipTokens, RobertaTokens
-from tests.adapters.vqa.roberta import write_roberta
 from tests.adapters.vqa.runs import recipe_of
 from unicl.data.prompts import PromptSampler
 from unicl.data.reader import Batch
@@ -24,11 +23,6 @@ TEXTS = (
     "",
     "a red circle, a blue square and a green cross on a white table near the yellow moon",
 )
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory):
-    return str(write_roberta(tmp_path_factory.mktemp("roberta")))
 
 
 @pytest.fixture(params=["clip", "roberta"])

@@ -20,7 +20,7 @@ from adapters.vqa.text_encoder import (
     load_roberta,
     load_tokenizer,
 )
-from tests.adapters.vqa.roberta import tiny_config, write_roberta
+from tests.adapters.vqa.roberta import tiny_config
 from unicl.errors import UniclError, UsageError
 from unicl.towers.text import TextTower
 
@@ -183,14 +183,9 @@ def test_tables_do_not_decay():
     assert "token_embedding.weight" in tower_encoder().no_weight_decay()
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    return write_roberta(tmp_path_factory.mktemp("roberta"))
-
-
 @pytest.fixture
-def folder(published, tmp_path):
-    return shutil.copytree(published, tmp_path / "roberta")
+def folder(roberta, tmp_path):
+    return shutil.copytree(roberta, tmp_path / "roberta")
 
 
 def test_a_folders_weights_are_taken(folder):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from adapters.vqa.tokens import ClipTokens, RobertaTokens, Tokens
-from tests.adapters.vqa.roberta import write_roberta
 
 CAPTIONS = (
     "a red circle, a blue square and a green cross",
@@ -19,11 +18,6 @@ PLAIN = (
     "dog",
     "a a a",
 )
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory):
-    return str(write_roberta(tmp_path_factory.mktemp("roberta")))
 
 
 @pytest.fixture(params=["clip", "roberta"])
